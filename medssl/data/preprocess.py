@@ -1,0 +1,152 @@
+"""From the source's units and grid to what a network sees, on the record and reversible."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from medssl.data.geometry import reorient, resample, resize
+from medssl.data.image import Image
+from medssl.data.modality import Modality
+from medssl.data.sample import Sample
+
+PLANES = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}
+"""Plane -> the direction in which the index of each array axis (D, H, W) grows, so that a slice is
+shown as radiologists hang it: axial with anterior up, and the patient's right on the left."""
+
+_PERCENTILES = (0.005, 0.995)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What every image goes through before a network; saved with each model.
+
+    size: (H, W) in pixels after resizing with antialiasing; the aspect ratio is not kept.
+    intensity: "window" clips `window_hu` (CT); "range" divides by what the source can hold (8- and
+        16-bit pictures); "percentile" stretches the 0.5th to the 99.5th percentile of the valid
+        pixels (MR, float pictures). Each maps to [0, 1].
+    window_hu: centre and width in HU, with "window" only.
+    channels: 1 keeps or makes grey; 3 repeats grey; None keeps what the source has.
+    mean, std: subtracted and divided after the intensity step, one per channel or one for all.
+    plane: volumes are turned so that the last two axes are this plane and D runs across it.
+    """
+
+    size: tuple[int, int]
+    intensity: Literal["window", "range", "percentile"]
+    window_hu: tuple[float, float] | None = None
+    channels: int | None = None
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.25,)
+    plane: Literal["axial", "coronal", "sagittal"] = "axial"
+
+    def __post_init__(self) -> None:
+        if (self.intensity == "window") != (self.window_hu is not None):
+            raise ValueError(
+                f"window_hu belongs to intensity 'window': got {self.intensity!r} "
+                f"and window_hu {self.window_hu}"
+            )
+        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+            raise ValueError(f"one positive std per mean, got mean {self.mean} and std {self.std}")
+
+    def __call__(self, image: Image) -> Image:
+        """The image on the network's grid and scale; its affine still leads home."""
+        if "T" in image.axes:
+            raise ValueError(f"images with a T axis are not supported yet, got {image.axes!r}")
+        image = resize(self._oriented(image), self.size)
+        pixels = self._standardized(self._matched(self._scaled(image)))
+        return replace(image, pixels=pixels, value_range=None, units="normalized")
+
+    def sample(self, sample: Sample) -> Sample:
+        """The sample with its image preprocessed and its mask on the same grid."""
+        image = self(sample.images["image"])
+        mask = sample.mask
+        if mask is not None:
+            mask = resample(mask, to=image, mode="nearest", outside=0.0)
+        return replace(sample, images={**sample.images, "image": image}, mask=mask)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for model.yaml."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Preprocessing":
+        """The inverse of `to_dict`."""
+        return cls(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in values.items()
+            }
+        )
+
+    def _oriented(self, image: Image) -> Image:
+        if image.axes == "DHW" and image.frame == "patient":
+            return reorient(image, PLANES[self.plane])
+        return image
+
+    def _scaled(self, image: Image) -> Image:
+        """Intensities to [0, 1]; invalid pixels become 0."""
+        low, high = self._limits(image)
+        pixels = ((image.pixels - low) / max(high - low, 1e-12)).clamp(0, 1)
+        if image.valid is not None:
+            pixels = torch.where(image.valid, pixels, 0.0)
+        return replace(image, pixels=pixels)
+
+    def _limits(self, image: Image) -> tuple[float, float]:
+        if self.intensity == "window":
+            if image.modality is not Modality.CT:
+                raise ValueError(
+                    f"an HU window needs CT, got {image.modality}; use intensity 'percentile' or "
+                    "'range'"
+                )
+            assert self.window_hu is not None
+            center, width = self.window_hu
+            return center - width / 2, center + width / 2
+        if self.intensity == "range":
+            if image.value_range is None:
+                raise ValueError(
+                    f"intensity 'range' needs a source with a fixed range, and {image.modality} in "
+                    f"{image.units} has none; use 'percentile' or, for CT, 'window'"
+                )
+            return image.value_range
+        values = image.pixels if image.valid is None else image.pixels[:, image.valid]
+        return _percentiles(values.flatten())
+
+    def _matched(self, image: Image) -> torch.Tensor:
+        """(C, *axes) pixels with the wanted number of channels."""
+        pixels = image.pixels
+        if self.channels is None or len(pixels) == self.channels:
+            return pixels
+        if len(pixels) == 1:
+            return pixels.expand(self.channels, *pixels.shape[1:])
+        if self.channels == 1 and len(pixels) == 3:  # ITU-R BT.601 luma, as every picture tool
+            weights = torch.tensor([0.299, 0.587, 0.114])
+            return torch.tensordot(weights, pixels, dims=1)[None]
+        raise ValueError(
+            f"an image of {len(pixels)} channels cannot become {self.channels}; only grey is "
+            "repeated and only RGB is made grey"
+        )
+
+    def _standardized(self, pixels: torch.Tensor) -> torch.Tensor:
+        shape = (-1,) + (1,) * (pixels.ndim - 1)
+        mean = torch.tensor(self.mean).reshape(shape)
+        std = torch.tensor(self.std).reshape(shape)
+        if len(self.mean) not in (1, len(pixels)):
+            raise ValueError(
+                f"{len(self.mean)} means for an image of {len(pixels)} channels; give one, "
+                "or one per channel"
+            )
+        return ((pixels - mean) / std).contiguous()
+
+
+def _percentiles(values: torch.Tensor, at_most: int = 1_000_000) -> tuple[float, float]:
+    """The limits of a robust stretch, from at most a million evenly strided finite values."""
+    values = values[values.isfinite()]
+    if values.numel() == 0:
+        raise ValueError("the image has no valid finite pixel")
+    values = values[:: max(1, values.numel() // at_most)]
+    low, high = torch.quantile(values[:16_000_000], torch.tensor(_PERCENTILES)).tolist()
+    return low, high

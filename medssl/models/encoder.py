@@ -1,0 +1,108 @@
+"""What objectives train and detectors, probes and explanations stand on."""
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from medssl.data.preprocess import Preprocessing
+
+
+class _ReachedError(Exception):
+    """Stops a forward pass once the last wanted layer has answered."""
+
+
+class Encoder(nn.Module):
+    """Images to embeddings, and to feature maps of named layers.
+
+    A subclass sets `network`, `in_channels` and `embedding_dim` and gives `forward`.
+    `preprocessing` is what the encoder was trained with, None where nobody said.
+    """
+
+    born_from: ClassVar[frozenset[str]] = frozenset()
+    """Constructor arguments that only matter at birth (a weight file) and are never saved."""
+
+    network: nn.Module
+    in_channels: int
+    embedding_dim: int
+    preprocessing: Preprocessing | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (B, C, H, W), preprocessed. Returns the pooled embedding (B, E)."""
+        raise NotImplementedError
+
+    def feature_maps(self, images: Tensor, layers: Sequence[str]) -> list[Tensor]:
+        """Outputs of the named modules of `network`, each (B, E, h, w), in the order of `layers`.
+
+        Nothing after the deepest named layer is computed. A transformer block's tokens
+        (B, N, E) become its grid, without class and register tokens.
+        Raises ValueError for a layer that does not exist, naming near ones.
+        """
+        found: dict[str, Tensor] = {}
+        handles = [
+            self._module(name).register_forward_hook(_keep(found, name, len(set(layers))))
+            for name in dict.fromkeys(layers)
+        ]
+        try:
+            self.network(images)
+        except _ReachedError:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [self._as_grid(found[name], images) for name in layers]
+
+    def selftest(self, noise: Tensor) -> Tensor:
+        """What `load_model` compares: the embeddings (B, E) of a noise batch."""
+        return self(noise)
+
+    @classmethod
+    def example(cls) -> tuple[Self, Tensor]:
+        """A tiny encoder and a batch (B, C, H, W) for it, for the contract tests."""
+        raise NotImplementedError
+
+    def _module(self, name: str) -> nn.Module:
+        modules = dict(self.network.named_modules())
+        if name not in modules:
+            near = [known for known in modules if known and known.count(".") <= 1]
+            raise ValueError(
+                f"{type(self.network).__name__} has no layer {name!r}; it has {', '.join(near)}"
+            )
+        return modules[name]
+
+    def _as_grid(self, output: Tensor, images: Tensor) -> Tensor:
+        if output.ndim == 4:
+            return output
+        prefix = int(getattr(self.network, "num_prefix_tokens", 0))
+        tokens = output[:, prefix:]  # (B, N, E)
+        height, width = images.shape[-2:]
+        patch = math.sqrt(height * width / tokens.shape[1])
+        h, w = round(height / patch), round(width / patch)
+        return tokens.mT.unflatten(2, (h, w))
+
+
+def _keep(found: dict[str, Tensor], name: str, wanted: int):  # type: ignore[no-untyped-def]
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found[name] = output
+        if len(found) == wanted:
+            raise _ReachedError
+
+    return hook
+
+
+def frozen(encoder: Encoder) -> Encoder:
+    """The encoder in evaluation mode, without gradients."""
+    encoder.eval()
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(False)
+    return encoder
+
+
+@torch.no_grad()
+def output_channels(encoder: Encoder, layers: Sequence[str], size: tuple[int, int]) -> list[int]:
+    """Channels E of each layer's feature map for pictures of `size` pixels."""
+    device = next(encoder.parameters()).device
+    images = torch.zeros(1, encoder.in_channels, *size, device=device)
+    return [features.shape[1] for features in encoder.feature_maps(images, layers)]
