@@ -1,0 +1,123 @@
+"""From slice positions and orientations (LPS) to one affine (RAS+), or the reason there is none."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medssl.data.readers.dicom_header import Header
+from medssl.data.readers.errors import (
+    InconsistentGeometryError,
+    MissingSlicesError,
+)
+
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_LEAST_MM = 0.01  # positions closer than this are one position
+
+
+def sorted_slices(headers: Sequence[Header]) -> list[list[Header]]:
+    """Headers by their position along the slice normal; those of one position together.
+
+    The normal is row x column; file names and instance numbers play no part.
+    """
+    normal = _normal(headers[0])
+    along = sorted(headers, key=lambda header: (float(normal @ _position(header)), header.path))
+    places: list[list[Header]] = []
+    for header in along:
+        if places and normal @ (_position(header) - _position(places[-1][0])) < _LEAST_MM:
+            places[-1].append(header)
+        else:
+            places.append([header])
+    return places
+
+
+def volume_affine(slices: Sequence[Header]) -> Tensor:
+    """(4, 4) from the index (slice, row, column) to RAS+ mm; slices sorted, one per position.
+
+    A gantry tilt stays in it as a shear. A single slice gets its thickness, or 1 mm where there is
+    none, along the normal, so that the matrix has an inverse.
+    Raises MissingSlicesError and InconsistentGeometryError.
+    """
+    first = slices[0]
+    if first.pixel_spacing is None or not min(first.pixel_spacing) > 0:
+        raise InconsistentGeometryError(
+            "the slices have no positive pixel spacing; correct the header"
+        )
+    assert first.orientation is not None
+    positions = np.stack([_position(header) for header in slices])
+    step = _normal(first) * _thickness(first)
+    if len(slices) > 1:
+        _check_uniform(positions, _normal(first))
+        step = (positions[-1] - positions[0]) / (len(slices) - 1)
+    affine = np.eye(4)
+    affine[:3, 0] = step
+    affine[:3, 1] = np.array(first.orientation[3:]) * first.pixel_spacing[0]
+    affine[:3, 2] = np.array(first.orientation[:3]) * first.pixel_spacing[1]
+    affine[:3, 3] = positions[0]
+    return torch.from_numpy(_LPS_TO_RAS @ affine)
+
+
+def is_sheared(affine: Tensor) -> bool:
+    """Whether the slices are shifted against each other (gantry tilt), by over 0.1 degree."""
+    axes = affine[:3, :3] / affine[:3, :3].norm(dim=0)
+    return bool((axes.T @ axes - torch.eye(3)).abs().max() > 1.7e-3)
+
+
+def same_plane(one: Header, other: Header) -> bool:
+    """Whether two slices can lie in one volume, by orientation and spacing (to 1e-4)."""
+    for a, b in ((one.orientation, other.orientation), (one.pixel_spacing, other.pixel_spacing)):
+        if (a is None) != (b is None):
+            return False
+        if a is not None and b is not None and not np.allclose(a, b, rtol=0, atol=1e-4):
+            return False
+    return True
+
+
+def _check_uniform(positions: NDArray, normal: NDArray) -> None:
+    """positions: (D, 3), sorted along `normal`."""
+    steps = np.diff(positions @ normal)
+    usual = float(np.median(steps))
+    tolerance = max(0.01 * usual, _LEAST_MM)
+    if np.abs(steps - usual).max() > tolerance:
+        missing = int(np.round(steps / usual - 1).clip(min=0).sum())
+        if missing:
+            raise MissingSlicesError(
+                f"{missing} slices are missing between the {len(positions)} that are there "
+                f"(usual distance {usual:.3f} mm); copy the whole series"
+            )
+        raise MissingSlicesError(
+            f"the distance between slices varies from {steps.min():.3f} to {steps.max():.3f} mm; "
+            "only evenly spaced slices form a volume"
+        )
+    even = positions[0] + np.linspace(0, 1, len(positions))[:, None] * (
+        positions[-1] - positions[0]
+    )
+    if np.linalg.norm(positions - even, axis=1).max() > max(0.05 * usual, 2 * _LEAST_MM):
+        raise InconsistentGeometryError(
+            "the slice positions do not lie on one straight, even line; they form no single grid"
+        )
+
+
+def _normal(header: Header) -> NDArray:
+    """The unit vector (LPS) along which slices follow each other."""
+    cosines = np.array(header.orientation, dtype=np.float64).reshape(2, 3)
+    lengths = np.linalg.norm(cosines, axis=1)
+    skew = abs(float(cosines[0] @ cosines[1]))
+    if not np.isfinite(cosines).all() or np.abs(lengths - 1).max() > 1e-3 or skew > 1e-3:
+        raise InconsistentGeometryError(
+            "the image orientation is not two perpendicular unit vectors; correct the header"
+        )
+    return np.cross(cosines[0], cosines[1]) / lengths.prod()
+
+
+def _position(header: Header) -> NDArray:
+    position = np.array(header.position, dtype=np.float64)
+    if not np.isfinite(position).all():
+        raise InconsistentGeometryError("an image position is not finite; correct the header")
+    return position
+
+
+def _thickness(header: Header) -> float:
+    return header.thickness if header.thickness and header.thickness > 0 else 1.0

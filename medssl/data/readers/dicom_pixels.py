@@ -1,0 +1,252 @@
+"""Stored values of one DICOM slice, and what they mean: padding, inversion, rescale."""
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medssl.data.readers.dicom_header import Header, is_quantitative, parse, quiet
+from medssl.data.readers.errors import (
+    CorruptFileError,
+    DuplicateSlicesError,
+    MissingDecoderError,
+    NoPixelDataError,
+    TruncatedPixelDataError,
+    UnsupportedPhotometricError,
+)
+from medssl.data.readers.stored import PixelDigest, combined_sha256, file_sha256, read_bytes
+
+_COLORS = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """Stored values and what they become: intercept + slope * stored.
+
+    stored: (H, W), or (3, H, W) RGB, as decoded.
+    mirror: stored x first becomes mirror - x (an inverted MONOCHROME1); None where it stays.
+    valid: (H, W) bool, False where the header declares padding; None where all are valid.
+    value_range: what the smallest and largest storable number become.
+    """
+
+    stored: NDArray
+    slope: float = 1.0
+    intercept: float = 0.0
+    mirror: float | None = None
+    valid: NDArray[np.bool_] | None = None
+    value_range: tuple[float, float]
+
+    def write(self, out: NDArray[np.float32]) -> None:
+        """Fill `out`, of the shape of `stored`, with the values in the modality's unit."""
+        np.copyto(out, self.stored, casting="same_kind")
+        if self.mirror is not None:
+            np.subtract(np.float32(self.mirror), out, out=out)
+        if self.slope != 1:
+            out *= np.float32(self.slope)
+        if self.intercept != 0:
+            out += np.float32(self.intercept)
+
+    def equals(self, other: "Slice") -> bool:
+        """Whether both hold the same values."""
+        mine, theirs = ((s.slope, s.intercept, s.mirror) for s in (self, other))
+        return mine == theirs and np.array_equal(self.stored, other.stored)
+
+
+def read_slice(dataset: Any) -> Slice:
+    """Decode one image object; MONOCHROME1 is to be inverted unless the values measure something.
+
+    Raises TruncatedPixelDataError, MissingDecoderError, NoPixelDataError, CorruptFileError and
+    UnsupportedPhotometricError.
+    """
+    photometric = str(dataset.get("PhotometricInterpretation", ""))
+    if photometric in _COLORS:
+        stored = np.ascontiguousarray(_decoded(dataset).transpose(2, 0, 1))
+        return Slice(stored=stored, value_range=(0.0, 2.0 ** int(dataset.BitsStored) - 1))
+    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise UnsupportedPhotometricError(
+            "only grey, RGB and YBR pixels are supported, not palettes or other color spaces; "
+            "convert it first"
+        )
+    stored = _decoded(dataset)
+    low, high = _stored_range(dataset)
+    slope = _number(dataset, "RescaleSlope", 1.0)
+    intercept = _number(dataset, "RescaleIntercept", 0.0)
+    ends = sorted((low * slope + intercept, high * slope + intercept))
+    inverted = photometric == "MONOCHROME1" and not is_quantitative(dataset)
+    return Slice(
+        stored=stored,
+        slope=slope,
+        intercept=intercept,
+        mirror=low + high if inverted else None,
+        valid=_valid(dataset, stored),
+        value_range=(ends[0], ends[1]),
+    )
+
+
+class SliceStack:
+    """Slices on their way into one image."""
+
+    def __init__(self, depth: int, *, hashes: bool) -> None:
+        self.depth, self.filled = depth, 0
+        self.inverted = self.rescaled = False
+        self.value_range = (math.inf, -math.inf)
+        self._pixels: NDArray[np.float32] | None = None  # (C, D, H, W)
+        self._valid: NDArray[np.bool_] | None = None  # (D, H, W)
+        self._digest: PixelDigest | None = None
+        self._file_digests: list[str] | None = [] if hashes else None
+
+    def add(self, place: Sequence[Header]) -> None:
+        """Read the next position; further files there must be copies of the first."""
+        piece, *others = [self._read(header) for header in place]
+        if not all(piece.equals(other) for other in others):
+            raise differing_slices(1)
+        channels = piece.stored.reshape(-1, *place[0].shape)
+        if self._pixels is None:
+            size = (len(channels), self.depth, *place[0].shape)
+            self._pixels = np.empty(size, dtype=np.float32)  # numpy asks for huge pages: 2x faster
+            if self._file_digests is not None:
+                self._digest = PixelDigest((*size[:1], *size[1 if self.depth > 1 else 2 :]))
+        out = self._pixels[:, self.filled]
+        piece.write(out if piece.stored.ndim == 3 else out[0])
+        if piece.valid is not None:
+            if self._valid is None:
+                self._valid = np.ones(self._pixels.shape[1:], dtype=bool)
+            self._valid[self.filled] = piece.valid
+        if self._digest is not None:
+            self._digest.update(piece.stored)
+        self._note(piece)
+        self.filled += 1
+
+    def pixels(self) -> Tensor:
+        """(C, D, H, W), or (C, H, W) of a single slice."""
+        assert self._pixels is not None
+        assert self.filled == self.depth
+        return torch.from_numpy(self._pixels if self.depth > 1 else self._pixels[:, 0])
+
+    def valid(self) -> Tensor | None:
+        """(D, H, W) or (H, W) bool, or None where nothing is padded."""
+        if self._valid is None:
+            return None
+        return torch.from_numpy(self._valid if self.depth > 1 else self._valid[0])
+
+    def units(self) -> str:
+        """The stored numbers, unless some slice was rescaled."""
+        return "rescaled" if self.rescaled else "stored"
+
+    def hashes(self) -> dict[str, str]:
+        """Both hashes, where they were asked for."""
+        if self._file_digests is None or self._digest is None:
+            return {}
+        return {
+            "file_sha256": combined_sha256(self._file_digests),
+            "pixel_sha256": self._digest.hexdigest(),
+        }
+
+    def _read(self, header: Header) -> Slice:
+        content = read_bytes(header.path)
+        if self._file_digests is not None:
+            self._file_digests.append(file_sha256(content))
+        with quiet():
+            return read_slice(parse(io.BytesIO(content), header_only=False))
+
+    def _note(self, piece: Slice) -> None:
+        self.inverted |= piece.mirror is not None
+        self.rescaled |= (piece.slope, piece.intercept) != (1, 0)
+        low, high = self.value_range
+        self.value_range = (min(low, piece.value_range[0]), max(high, piece.value_range[1]))
+
+
+def differing_slices(count: int) -> DuplicateSlicesError:
+    """The error for positions that more than one slice claims."""
+    return DuplicateSlicesError(
+        f"more than one slice claims one position ({count} such positions): unless equal copies, "
+        "the series holds several volumes (time points, echoes), which are not supported yet; "
+        "keep the files of one volume"
+    )
+
+
+def _decoded(dataset: Any) -> NDArray:
+    """(H, W) or (H, W, 3); YBR becomes RGB, unused high bits are masked or sign-extended."""
+    if "PixelData" not in dataset:
+        raise NoPixelDataError("the object has no pixel data, or floats that are not supported")
+    _check_decodable(dataset)
+    try:
+        return dataset.pixel_array
+    except Exception as error:  # each decoder package raises kinds of its own
+        raise CorruptFileError(
+            "the pixel data cannot be decoded, they are damaged; copy the file again"
+        ) from error
+
+
+def _check_decodable(dataset: Any) -> None:
+    from pydicom.pixels import get_decoder
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated:
+        have, need = len(dataset.PixelData), _expected_bytes(dataset)
+        if have < need:
+            raise TruncatedPixelDataError(
+                f"the header asks for {need} bytes of pixels and there are {have}; "
+                "copy the file again"
+            )
+        return
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError:
+        raise MissingDecoderError(
+            f"nothing decodes {syntax.name}; convert the series to another transfer syntax"
+        ) from None
+    if not decoder.is_available:
+        raise MissingDecoderError(
+            f"{syntax.name} needs one of: {'; '.join(decoder.missing_dependencies)}"
+        )
+
+
+def _expected_bytes(dataset: Any) -> int:
+    from pydicom.pixels.utils import get_expected_length
+
+    return int(get_expected_length(dataset))
+
+
+def _stored_range(dataset: Any) -> tuple[int, int]:
+    bits = int(dataset.BitsStored)
+    if int(dataset.get("PixelRepresentation", 0)):
+        return -(1 << bits - 1), (1 << bits - 1) - 1
+    return 0, (1 << bits) - 1
+
+
+def _valid(dataset: Any, stored: NDArray) -> NDArray[np.bool_] | None:
+    padding = _padding(dataset)
+    if padding is None:
+        return None
+    padded = (stored >= padding[0]) & (stored <= padding[1])
+    return ~padded if padded.any() else None
+
+
+def _padding(dataset: Any) -> tuple[int, int] | None:
+    """The stored values, both included, that the header declares as padding."""
+    value = dataset.get("PixelPaddingValue")
+    if value is None:
+        return None
+    other = dataset.get("PixelPaddingRangeLimit")
+    ends = [_signed(dataset, int(v)) for v in (value, value if other is None else other)]
+    return min(ends), max(ends)
+
+
+def _signed(dataset: Any, value: int) -> int:
+    """Padding written as unsigned over signed pixels, which explicit VR files may do."""
+    bits = int(dataset.BitsAllocated)
+    if int(dataset.get("PixelRepresentation", 0)) and value >= 1 << bits - 1:
+        return value - (1 << bits)
+    return value
+
+
+def _number(dataset: Any, name: str, otherwise: float) -> float:
+    value = dataset.get(name)
+    return otherwise if value is None else float(value)

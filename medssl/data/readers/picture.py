@@ -1,0 +1,154 @@
+"""PNG, JPEG and TIFF pictures with their stored values: 16 bits stay 16 bits, grey stays grey."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image as Pillow
+from PIL import ImageOps
+
+from medssl.data.image import Image, pixel_affine
+from medssl.data.modality import Modality
+from medssl.data.readers.errors import CorruptFileError, ReadError, UnsupportedFormatError
+from medssl.data.readers.stored import file_sha256, pixel_sha256, read_bytes, to_float32
+from medssl.data.readers.tiff import is_tiff, read_tiff, tiff_shape
+
+PNG = b"\x89PNG\r\n\x1a\n"
+JPEG = b"\xff\xd8\xff"
+
+_CHANNELS = {"1": 1, "L": 1, "LA": 1, "I;16": 1, "I;16B": 1, "RGB": 3, "RGBA": 3}
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+
+
+def read_picture(path: Path, *, hashes: bool = False) -> Image:
+    """A picture of (1, H, W) or (3, H, W) in its own pixel frame, without spacing.
+
+    Pixels are the stored numbers and `value_range` what their type can hold: (0, 255), (0, 65535),
+    None for floats. One-bit pictures become 0 and 255. A palette gives RGB, or grey where it holds
+    only greys. An alpha channel is dropped where it is opaque everywhere, and refused otherwise.
+    The EXIF orientation is applied. TIFF: one page, any number of channels.
+    Raises CorruptFileError and UnsupportedFormatError.
+    """
+    content = read_bytes(path)
+    stored = read_tiff(content) if is_tiff(content) else _read_png_or_jpeg(content)
+    stored = np.ascontiguousarray(stored)  # (C, H, W)
+    provenance: dict[str, Any] = {"reader": "picture"}
+    if hashes:
+        provenance["file_sha256"] = file_sha256(content)
+        provenance["pixel_sha256"] = pixel_sha256(stored)
+    pixels = torch.from_numpy(to_float32(stored))
+    finite = pixels.isfinite().all(0)
+    return Image(
+        pixels=pixels,
+        axes="HW",
+        modality=Modality.PICTURE,
+        affine=pixel_affine(),
+        frame="pixel",
+        valid=None if finite.all() else finite,
+        value_range=_value_range(stored.dtype),
+        provenance=provenance,
+    )
+
+
+def picture_shape(path: Path) -> tuple[int, int, int]:
+    """(C, H, W) from the header alone, as `read_picture` would give it."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(26)
+            stream.seek(0)
+            if is_tiff(start):
+                return tiff_shape(stream)
+            with _opened(stream) as picture:
+                width, height = picture.size
+                if picture.getexif().get(0x0112, 1) >= 5:  # lies on its side
+                    width, height = height, width
+                return _channels(picture, start), height, width
+    except OSError as error:
+        raise ReadError(f"the file cannot be opened: {error.strerror}") from None
+
+
+def _read_png_or_jpeg(content: bytes) -> NDArray:
+    """(C, H, W) uint8 or uint16."""
+    with _opened(io.BytesIO(content)) as picture:
+        channels = _channels(picture, content)
+        if content.startswith(PNG) and content[24] == 16 and content[25] != 0:
+            return _without_alpha(_png_16_bit(content), channels)  # Pillow would drop 8 bits
+        try:
+            picture = ImageOps.exif_transpose(picture)
+        except _DAMAGED as error:
+            raise CorruptFileError("the picture is truncated or damaged; copy it again") from error
+        if "transparency" in picture.info:
+            if picture.mode.startswith("I"):
+                raise UnsupportedFormatError(
+                    "a 16-bit picture with a transparent grey is not supported; save it without"
+                )
+            picture = picture.convert("RGBA")
+        elif picture.mode == "P":
+            picture = picture.convert("RGB")
+        elif picture.mode == "1":
+            picture = picture.convert("L")
+        array = np.asarray(picture)
+    return _without_alpha(np.atleast_3d(array).transpose(2, 0, 1), channels)
+
+
+def _opened(stream: Any) -> Any:
+    """The Pillow image over a stream, pixels not yet decoded."""
+    try:
+        picture = Pillow.open(stream, formats=("PNG", "JPEG"))
+    except Pillow.DecompressionBombError as error:
+        raise CorruptFileError(
+            "the header asks for more than 178 million pixels; if that is true, cut it into tiles"
+        ) from error
+    except _DAMAGED as error:
+        raise CorruptFileError("the picture's header is damaged; copy the file again") from error
+    if picture.format == "PNG" and getattr(picture, "n_frames", 1) > 1:
+        raise UnsupportedFormatError("an animated PNG is not supported; save one file per frame")
+    return picture
+
+
+def _channels(picture: Any, start: bytes) -> int:
+    """Channels without alpha; a palette of greys counts as one."""
+    if start.startswith(PNG) and start[24] == 16:  # Pillow calls grey with alpha RGBA
+        return 1 if start[25] in (0, 4) else 3
+    if picture.mode == "P":
+        palette = np.array(picture.getpalette("RGB")).reshape(-1, 3)
+        return 1 if (palette == palette[:, :1]).all() else 3
+    if picture.mode not in _CHANNELS:
+        raise UnsupportedFormatError(
+            f"pictures of mode {picture.mode} are not supported; save it as grey or RGB"
+        )
+    return _CHANNELS[picture.mode]
+
+
+def _png_16_bit(content: bytes) -> NDArray[np.uint16]:
+    """(C, H, W) of a 16-bit PNG with more than one channel."""
+    from torchvision.io import ImageReadMode, decode_png
+
+    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    try:
+        return decode_png(encoded, mode=ImageReadMode.UNCHANGED).numpy()
+    except RuntimeError as error:
+        raise CorruptFileError("the picture is truncated or damaged; copy it again") from error
+
+
+def _without_alpha(stored: NDArray, channels: int) -> NDArray:
+    """(C, H, W) with `channels` channels; a last one beyond these and RGB is alpha."""
+    if len(stored) in (2, 4):
+        if (stored[-1] != np.iinfo(stored.dtype).max).any():
+            raise UnsupportedFormatError(
+                "the picture is transparent in places; flatten it onto a background first"
+            )
+        stored = stored[:-1]
+    return stored[:channels]  # a grey palette was expanded to three equal channels
+
+
+def _value_range(dtype: np.dtype) -> tuple[float, float] | None:
+    if dtype.kind == "f":
+        return None
+    limits = np.iinfo(dtype)
+    return float(limits.min), float(limits.max)

@@ -1,0 +1,91 @@
+"""Bytes and stored values: read once, hashed, and widened to float32 without loss."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medssl.data.readers.errors import ReadError, UnsupportedFormatError
+
+_EXACT = 1 << 24  # beyond this, float32 skips integers
+
+
+def read_bytes(path: Path) -> bytes:
+    """All bytes of a file. Raises ReadError, without the path, where it cannot be opened."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ReadError(f"the file cannot be opened: {error.strerror}") from None
+
+
+def file_sha256(content: bytes) -> str:
+    """The hex digest of one file's bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def combined_sha256(digests: Sequence[str]) -> str:
+    """The `file_sha256` of an item of several files, whatever their names and order.
+
+    Of one digest it is that digest; of more, the digest over the sorted hex digests.
+    """
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+
+
+class PixelDigest:
+    """The hash of an image's shape (C, *axes) and stored values, whatever file they came in.
+
+    Values are hashed before any rescale: integers as little-endian int32 (int64 where they need
+    it), floats as float32 (float64 stays).
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._digest = hashlib.sha256(",".join(map(str, shape)).encode())
+
+    def update(self, stored: NDArray) -> None:
+        """Add the next values in C order."""
+        self._digest.update(np.ascontiguousarray(stored, dtype=_hashed_as(stored.dtype)).data)
+
+    def hexdigest(self) -> str:
+        """The `pixel_sha256` of all values added."""
+        return self._digest.hexdigest()
+
+
+def pixel_sha256(stored: NDArray) -> str:
+    """The digest of one array (C, *axes), as `PixelDigest`."""
+    digest = PixelDigest(stored.shape)
+    digest.update(stored)
+    return digest.hexdigest()
+
+
+def to_float32(stored: NDArray) -> NDArray[np.float32]:
+    """The same values as float32.
+
+    Raises UnsupportedFormatError where float32 cannot hold them: integers beyond 2^24, floats
+    beyond 3.4e38, complex and structured values.
+    """
+    if stored.dtype.kind not in "biuf":
+        raise UnsupportedFormatError(
+            f"pixels of type {stored.dtype.name} are not supported; save real numbers, one per "
+            "channel"
+        )
+    if stored.dtype.kind in "iu" and stored.dtype.itemsize > 2 and stored.size:
+        reach = max(abs(int(stored.min())), abs(int(stored.max())))
+        if reach > _EXACT:
+            raise UnsupportedFormatError(
+                f"integers up to {reach} do not fit into float32 exactly; rescale them below 2^24"
+            )
+    with np.errstate(over="ignore"):
+        values = np.asarray(stored, dtype=np.float32)
+    if stored.dtype.itemsize > 4 and (np.isinf(values) & np.isfinite(stored)).any():
+        raise UnsupportedFormatError("values beyond 3.4e38 do not fit into float32; rescale them")
+    return values
+
+
+def _hashed_as(dtype: np.dtype) -> np.dtype:
+    if dtype.kind == "f":
+        return np.dtype("<f8" if dtype.itemsize > 4 else "<f4")
+    return np.dtype("<i8" if dtype.kind in "iu" and not np.can_cast(dtype, np.int32) else "<i4")

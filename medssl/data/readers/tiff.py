@@ -1,0 +1,174 @@
+"""TIFF pictures of one page: 8, 16 and 32 bits, floats, any number of channels."""
+
+import io
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medssl.data.readers.errors import CorruptFileError, UnsupportedFormatError
+
+_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_MAX_VALUES = 1 << 30  # more is taken for a damaged header
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
+_ALPHA = (1, 2)  # ExtraSamples: associated and unassociated alpha
+
+
+def is_tiff(start: bytes) -> bool:
+    """Whether bytes begin a TIFF or BigTIFF."""
+    return start[:4] in _STARTS
+
+
+def read_tiff(content: bytes) -> NDArray:
+    """(C, H, W) in the stored type, upright; an opaque alpha channel is dropped.
+
+    White-is-zero pictures are inverted, one-bit pictures become 0 and 255.
+    """
+    import tifffile
+
+    with _opened(io.BytesIO(content)) as tiff:
+        page = _only_page(tiff)
+        _check_complete(page, len(content))
+        if page.photometric not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB):
+            return _by_pillow(content, page)
+        try:
+            stored = page.asarray()
+        except (ValueError, KeyError) as error:
+            if "imagecodecs" in str(error):
+                return _by_pillow(content, page)
+            raise CorruptFileError("the TIFF is damaged; copy the file again") from error
+        except (tifffile.TiffFileError, OSError, RuntimeError, EOFError) as error:
+            raise CorruptFileError("the TIFF is damaged; copy the file again") from error
+        stored = _channels_first(stored, page.axes)
+        if page.photometric == _WHITE_IS_ZERO:
+            stored = _inverted(stored, page)
+        if page.bitspersample == 1:
+            stored = stored.astype(np.uint8) * np.uint8(255)
+        return _upright(_opaque(stored, page), _orientation(page))
+
+
+def tiff_shape(stream: BinaryIO) -> tuple[int, int, int]:
+    """(C, H, W) from the header alone, as `read_tiff` would give it."""
+    with _opened(stream) as tiff:
+        page = _only_page(tiff)
+        height, width = page.imagelength, page.imagewidth
+        if _orientation(page) >= 5:
+            height, width = width, height
+        channels = page.samplesperpixel - int(_has_alpha(page))
+        return 3 if page.photometric == 3 else channels, height, width  # 3: a palette
+
+
+def _opened(stream: BinaryIO) -> Any:
+    import tifffile
+
+    try:
+        return tifffile.TiffFile(stream)
+    except (tifffile.TiffFileError, ValueError, IndexError, OSError) as error:
+        raise CorruptFileError("the TIFF header is damaged; copy the file again") from error
+
+
+def _only_page(tiff: Any) -> Any:
+    import struct
+
+    import tifffile
+
+    try:
+        count, page = len(tiff.pages), tiff.pages[0]
+    except (tifffile.TiffFileError, IndexError, struct.error, ValueError) as error:
+        raise CorruptFileError("the TIFF header is damaged; copy the file again") from error
+    if count > 1 or page.imagedepth > 1:
+        raise UnsupportedFormatError(
+            f"a TIFF of {max(count, page.imagedepth)} pages is not supported; save one per file"
+        )
+    if page.imagelength * page.imagewidth * page.samplesperpixel > _MAX_VALUES:
+        raise CorruptFileError(
+            "the header asks for more than a billion values; if that is true, cut it into tiles"
+        )
+    return page
+
+
+def _check_complete(page: Any, length: int) -> None:
+    ends = [a + n for a, n in zip(page.dataoffsets, page.databytecounts, strict=False)]
+    if not ends or max(ends) > length:
+        raise CorruptFileError(
+            f"the TIFF needs {max(ends, default=0)} bytes and has {length}; copy the file again"
+        )
+
+
+def _by_pillow(content: bytes, page: Any) -> NDArray:
+    """(C, H, W) of palettes, JPEG colors and LZW, with 8 bits, or 16 and one channel."""
+    from PIL import Image as Pillow
+    from PIL import ImageOps
+
+    try:
+        with Pillow.open(io.BytesIO(content), formats=("TIFF",)) as opened:
+            picture: Pillow.Image = ImageOps.exif_transpose(opened)
+            if picture.mode == "1":
+                picture = picture.convert("L")
+            mode = picture.mode
+            array = np.asarray(picture.convert("RGB") if mode in ("P", "YCbCr") else picture)
+    except (Pillow.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        raise CorruptFileError(
+            "the TIFF is damaged or packed in a way that is not supported; save it uncompressed"
+        ) from error
+    deep = mode not in ("I;16", "I;16B", "F") and page.dtype != np.uint8 and page.bitspersample > 8
+    if deep or mode not in ("1", "L", "P", "RGB", "RGBA", "I;16", "I;16B", "F", "YCbCr"):
+        raise UnsupportedFormatError(
+            f"a TIFF of mode {mode} with {page.bitspersample} bits, packed as "
+            f"{page.compression.name}, is not supported; save it uncompressed as grey or RGB"
+        )
+    stored = np.atleast_3d(array).transpose(2, 0, 1)
+    return _opaque(stored, page) if mode == "RGBA" else stored
+
+
+def _channels_first(stored: NDArray, axes: str) -> NDArray:
+    if axes == "YX":
+        return stored[None]
+    if axes == "YXS":
+        return stored.transpose(2, 0, 1)
+    if axes == "SYX":
+        return stored
+    raise UnsupportedFormatError(
+        f"a TIFF with axes {axes} is not supported; save one page per file"
+    )
+
+
+def _inverted(stored: NDArray, page: Any) -> NDArray:
+    if stored.dtype.kind == "b":
+        return ~stored
+    if stored.dtype.kind != "u":
+        raise UnsupportedFormatError(
+            "a white-is-zero TIFF of signed or real numbers has no known white; invert it first"
+        )
+    return ((1 << page.bitspersample) - 1 - stored).astype(stored.dtype)
+
+
+def _has_alpha(page: Any) -> bool:
+    return bool(page.extrasamples) and page.extrasamples[-1] in _ALPHA
+
+
+def _opaque(stored: NDArray, page: Any) -> NDArray:
+    if not _has_alpha(page):
+        return stored
+    opaque = np.iinfo(stored.dtype).max if stored.dtype.kind in "ui" else 1
+    if (stored[-1] != opaque).any():
+        raise UnsupportedFormatError(
+            "the picture is transparent in places; flatten it onto a background first"
+        )
+    return stored[:-1]
+
+
+def _orientation(page: Any) -> int:
+    tag = page.tags.get(274)
+    return int(tag.value) if tag is not None else 1
+
+
+def _upright(stored: NDArray, orientation: int) -> NDArray:
+    """(C, H, W) turned so that the first row is the top, by the TIFF/EXIF orientation 1 to 8."""
+    if orientation >= 5:
+        stored = stored.transpose(0, 2, 1)
+    if orientation in (3, 4, 7, 8):
+        stored = stored[:, ::-1]
+    if orientation in (2, 3, 6, 7):
+        stored = stored[:, :, ::-1]
+    return stored
