@@ -75,12 +75,11 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Preprocessing":
         """The inverse of `to_dict`."""
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values.items()
-            }
-        )
+        arguments: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**arguments)
 
     def _oriented(self, image: Image) -> Image:
         if image.axes == "DHW" and image.frame == "patient":

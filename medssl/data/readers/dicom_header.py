@@ -18,6 +18,7 @@ from medssl.data.readers.errors import (
     TruncatedPixelDataError,
     UnsupportedFormatError,
 )
+from medssl.data.readers.stored import decoding
 
 QUANTITATIVE = frozenset({Modality.CT, Modality.MR, Modality.PT, Modality.NM})
 _NOT_IMAGES = frozenset({"SEG", "RTDOSE", "RTSTRUCT", "RTPLAN", "PR", "SR", "KO", "REG", "AU"})
@@ -94,14 +95,10 @@ def parse(source: Path | io.BytesIO, *, header_only: bool) -> Any:
     import pydicom
 
     tags = _TAGS + _STACK if header_only else None
-    try:
+    with decoding("the DICOM header"):
         dataset = pydicom.dcmread(
             source, force=True, stop_before_pixels=header_only, specific_tags=tags
         )
-    except OSError as error:
-        raise ReadError(f"the file cannot be opened: {error.strerror}") from None
-    except Exception as error:  # pydicom raises many kinds over damaged bytes
-        raise CorruptFileError("the DICOM header is damaged; copy the file again") from error
     if "SOPClassUID" not in dataset and "Rows" not in dataset:  # pydicom drops all at an early end
         if not header_only:
             raise TruncatedPixelDataError("the file ends inside its pixel data; copy it again")
@@ -126,18 +123,14 @@ def quiet() -> Iterator[None]:
 
 
 @quiet()
+@decoding("the DICOM header")
 def read_header(path: Path) -> Header | None:
     """The header of an image object; None for objects without an image (reports, plans, ...)."""
     dataset = parse(path, header_only=True)
     code = str(dataset.get("Modality", "") or "")
     if code in _NOT_IMAGES or "Rows" not in dataset:
         return None
-    try:
-        return _header(path, dataset, code)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise CorruptFileError(
-            "a number in the DICOM header cannot be read; correct the header"
-        ) from error
+    return _header(path, dataset, code)
 
 
 def is_quantitative(dataset: Any) -> bool:

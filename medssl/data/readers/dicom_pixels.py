@@ -13,14 +13,22 @@ from torch import Tensor
 
 from medssl.data.readers.dicom_header import Header, is_quantitative, parse, quiet
 from medssl.data.readers.errors import (
-    CorruptFileError,
     DuplicateSlicesError,
     MissingDecoderError,
     NoPixelDataError,
     TruncatedPixelDataError,
     UnsupportedPhotometricError,
 )
-from medssl.data.readers.stored import PixelDigest, combined_sha256, file_sha256, read_bytes
+from medssl.data.readers.stored import (
+    PixelDigest,
+    combined_sha256,
+    decoding,
+    file_sha256,
+    read_bytes,
+)
+
+_PLUGINS = ("pyjpegls", "pylibjpeg", "pillow", "pydicom", "gdcm")
+"""The first that serves decodes; gdcm is last because it ends the process over damaged JPEG-LS."""
 
 _COLORS = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"})
 
@@ -61,8 +69,8 @@ class Slice:
 def read_slice(dataset: Any) -> Slice:
     """Decode one image object; MONOCHROME1 is to be inverted unless the values measure something.
 
-    Raises TruncatedPixelDataError, MissingDecoderError, NoPixelDataError, CorruptFileError and
-    UnsupportedPhotometricError.
+    Raises TruncatedPixelDataError, MissingDecoderError, NoPixelDataError and
+    UnsupportedPhotometricError, and whatever pydicom and the decoders raise over damaged bytes.
     """
     photometric = str(dataset.get("PhotometricInterpretation", ""))
     if photometric in _COLORS:
@@ -152,7 +160,7 @@ class SliceStack:
         content = read_bytes(header.path)
         if self._file_digests is not None:
             self._file_digests.append(file_sha256(content))
-        with quiet():
+        with quiet(), decoding("the pixel data"):
             return read_slice(parse(io.BytesIO(content), header_only=False))
 
     def _note(self, piece: Slice) -> None:
@@ -175,16 +183,13 @@ def _decoded(dataset: Any) -> NDArray:
     """(H, W) or (H, W, 3); YBR becomes RGB, unused high bits are masked or sign-extended."""
     if "PixelData" not in dataset:
         raise NoPixelDataError("the object has no pixel data, or floats that are not supported")
-    _check_decodable(dataset)
-    try:
-        return dataset.pixel_array
-    except Exception as error:  # each decoder package raises kinds of its own
-        raise CorruptFileError(
-            "the pixel data cannot be decoded, they are damaged; copy the file again"
-        ) from error
+    from pydicom.pixels import pixel_array
+
+    return pixel_array(dataset, decoding_plugin=_plugin(dataset))
 
 
-def _check_decodable(dataset: Any) -> None:
+def _plugin(dataset: Any) -> str:
+    """The decoder to use; "" for pixels that are not packed, which must be complete."""
     from pydicom.pixels import get_decoder
 
     syntax = dataset.file_meta.TransferSyntaxUID
@@ -195,7 +200,7 @@ def _check_decodable(dataset: Any) -> None:
                 f"the header asks for {need} bytes of pixels and there are {have}; "
                 "copy the file again"
             )
-        return
+        return ""
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
@@ -206,6 +211,10 @@ def _check_decodable(dataset: Any) -> None:
         raise MissingDecoderError(
             f"{syntax.name} needs one of: {'; '.join(decoder.missing_dependencies)}"
         )
+    order = [name for name in _PLUGINS if name in decoder.available_plugins]
+    if syntax.keyword == "JPEGExtended12Bit" and int(dataset.BitsStored) > 8:
+        order = [name for name in order if name != "pillow"] or order  # it knows 8 bits only
+    return order[0] if order else decoder.available_plugins[0]
 
 
 def _expected_bytes(dataset: Any) -> int:

@@ -19,7 +19,7 @@ from medssl.data.readers.errors import (
     ReadError,
     UnsupportedFormatError,
 )
-from medssl.data.readers.stored import file_sha256, pixel_sha256, read_bytes, to_float32
+from medssl.data.readers.stored import decoding, file_sha256, pixel_sha256, read_bytes, to_float32
 
 _HEADER_BYTES = 544  # NIfTI-2's header and the four extension bytes
 _MM = {"unknown": 1.0, "mm": 1.0, "meter": 1e3, "micron": 1e-3}
@@ -49,10 +49,8 @@ def read_nifti(path: Path, *, hashes: bool = False) -> Image:
     content = read_bytes(path)
     nifti = _parse(_unzipped(content))
     header = _described(nifti)
-    try:
+    with decoding("the volume"):  # most often it ends before the header says
         stored = np.asarray(nifti.dataobj.get_unscaled())
-    except (OSError, ValueError, EOFError) as error:
-        raise CorruptFileError("the voxels end before the header says; copy it again") from error
     stored = stored.reshape(header.shape[::-1]).T  # (d, h, w)
     pixels = np.ascontiguousarray(to_float32(stored))
     slope, inter = nifti.dataobj.slope, nifti.dataobj.inter
@@ -114,10 +112,10 @@ def _unzipped(content: bytes) -> bytes:
         ) from error
 
 
+@decoding("the NIfTI header")
 def _parse(content: bytes) -> Any:
     """The nibabel image over unzipped bytes; its voxels are not touched."""
     import nibabel
-    from nibabel.spatialimages import HeaderDataError
 
     if content[344:348] == b"ni1\0" or content[4:8] == b"ni2\0":
         raise UnsupportedFormatError(
@@ -126,12 +124,10 @@ def _parse(content: bytes) -> Any:
     if not is_nifti(content):
         raise CorruptFileError("the file does not begin with a whole NIfTI header; copy it again")
     kind = nibabel.Nifti2Image if content[4:8] == b"n+2\0" else nibabel.Nifti1Image
-    try:
-        return kind.from_stream(io.BytesIO(content))
-    except (OSError, ValueError, HeaderDataError) as error:
-        raise CorruptFileError("the NIfTI header is damaged; copy the file again") from error
+    return kind.from_stream(io.BytesIO(content))
 
 
+@decoding("the NIfTI header")
 def _described(nifti: Any) -> NiftiHeader:
     shape = tuple(int(n) for n in nifti.shape)
     while len(shape) > 3 and shape[-1] == 1:

@@ -1,8 +1,6 @@
 """PNG, JPEG and TIFF pictures with their stored values: 16 bits stay 16 bits, grey stays grey."""
 
 import io
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,13 @@ from PIL import ImageOps
 from medssl.data.image import Image, pixel_affine
 from medssl.data.modality import Modality
 from medssl.data.readers.errors import CorruptFileError, ReadError, UnsupportedFormatError
-from medssl.data.readers.stored import file_sha256, pixel_sha256, read_bytes, to_float32
+from medssl.data.readers.stored import decoding, file_sha256, pixel_sha256, read_bytes, to_float32
 from medssl.data.readers.tiff import is_tiff, read_tiff, tiff_shape
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
 
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "I;16": 1, "I;16B": 1, "RGB": 3, "RGBA": 3}
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 
 def read_picture(path: Path, *, hashes: bool = False) -> Image:
@@ -58,30 +55,29 @@ def read_picture(path: Path, *, hashes: bool = False) -> Image:
 def picture_shape(path: Path) -> tuple[int, int, int]:
     """(C, H, W) from the header alone, as `read_picture` would give it."""
     try:
-        with path.open("rb") as stream:
-            start = stream.read(26)
-            stream.seek(0)
-            if is_tiff(start):
-                return tiff_shape(stream)
-            with _opened(stream) as picture:
-                width, height = picture.size
-                if picture.getexif().get(0x0112, 1) >= 5:  # lies on its side
-                    width, height = height, width
-                return _channels(picture, start), height, width
+        stream = path.open("rb")
     except OSError as error:
         raise ReadError(f"the file cannot be opened: {error.strerror}") from None
+    with stream, decoding("the picture's header"):
+        start = stream.read(26)
+        stream.seek(0)
+        if is_tiff(start):
+            return tiff_shape(stream)
+        with _opened(stream) as picture:
+            width, height = picture.size
+            if picture.getexif().get(0x0112, 1) >= 5:  # lies on its side
+                width, height = height, width
+            return _channels(picture, start), height, width
 
 
+@decoding("the picture")
 def _read_png_or_jpeg(content: bytes) -> NDArray:
     """(C, H, W) uint8 or uint16."""
     with _opened(io.BytesIO(content)) as picture:
         channels = _channels(picture, content)
         if content.startswith(PNG) and content[24] == 16 and content[25] != 0:
             return _without_alpha(_png_16_bit(content), channels)  # Pillow would drop 8 bits
-        try:
-            picture = ImageOps.exif_transpose(picture)
-        except _DAMAGED as error:
-            raise CorruptFileError("the picture is truncated or damaged; copy it again") from error
+        picture = ImageOps.exif_transpose(picture)
         if "transparency" in picture.info:
             if picture.mode.startswith("I"):
                 raise UnsupportedFormatError(
@@ -104,8 +100,6 @@ def _opened(stream: Any) -> Any:
         raise CorruptFileError(
             "the header asks for more than 178 million pixels; if that is true, cut it into tiles"
         ) from error
-    except _DAMAGED as error:
-        raise CorruptFileError("the picture's header is damaged; copy the file again") from error
     if picture.format == "PNG" and getattr(picture, "n_frames", 1) > 1:
         raise UnsupportedFormatError("an animated PNG is not supported; save one file per frame")
     return picture
@@ -130,10 +124,7 @@ def _png_16_bit(content: bytes) -> NDArray[np.uint16]:
     from torchvision.io import ImageReadMode, decode_png
 
     encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    try:
-        return decode_png(encoded, mode=ImageReadMode.UNCHANGED).numpy()
-    except RuntimeError as error:
-        raise CorruptFileError("the picture is truncated or damaged; copy it again") from error
+    return decode_png(encoded, mode=ImageReadMode.UNCHANGED).numpy()
 
 
 def _without_alpha(stored: NDArray, channels: int) -> NDArray:

@@ -1,13 +1,14 @@
 """Bytes and stored values: read once, hashed, and widened to float32 without loss."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medssl.data.readers.errors import ReadError, UnsupportedFormatError
+from medssl.data.readers.errors import CorruptFileError, ReadError, UnsupportedFormatError
 
 _EXACT = 1 << 24  # beyond this, float32 skips integers
 
@@ -18,6 +19,21 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ReadError(f"the file cannot be opened: {error.strerror}") from None
+
+
+@contextmanager
+def decoding(what: str) -> Iterator[None]:
+    """Turn what a decoding package raises into CorruptFileError; a ReadError passes.
+
+    Over damaged bytes these packages raise kinds of every sort, none of them documented.
+    what: the part that is damaged if so, to begin the message with.
+    """
+    try:
+        yield
+    except (ReadError, MemoryError):
+        raise
+    except Exception as error:
+        raise CorruptFileError(f"{what} cannot be decoded; copy the file again") from error
 
 
 def file_sha256(content: bytes) -> str:

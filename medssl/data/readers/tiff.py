@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.data.readers.errors import CorruptFileError, UnsupportedFormatError
+from medssl.data.readers.stored import decoding
 
 _STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MAX_VALUES = 1 << 30  # more is taken for a damaged header
@@ -19,26 +20,22 @@ def is_tiff(start: bytes) -> bool:
     return start[:4] in _STARTS
 
 
+@decoding("the TIFF")
 def read_tiff(content: bytes) -> NDArray:
     """(C, H, W) in the stored type, upright; an opaque alpha channel is dropped.
 
     White-is-zero pictures are inverted, one-bit pictures become 0 and 255.
     """
-    import tifffile
-
     with _opened(io.BytesIO(content)) as tiff:
         page = _only_page(tiff)
-        _check_complete(page, len(content))
         if page.photometric not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB):
             return _by_pillow(content, page)
         try:
             stored = page.asarray()
-        except (ValueError, KeyError) as error:
-            if "imagecodecs" in str(error):
-                return _by_pillow(content, page)
-            raise CorruptFileError("the TIFF is damaged; copy the file again") from error
-        except (tifffile.TiffFileError, OSError, RuntimeError, EOFError) as error:
-            raise CorruptFileError("the TIFF is damaged; copy the file again") from error
+        except (KeyError, ValueError) as error:
+            if "imagecodecs" not in str(error):
+                raise
+            return _by_pillow(content, page)
         stored = _channels_first(stored, page.axes)
         if page.photometric == _WHITE_IS_ZERO:
             stored = _inverted(stored, page)
@@ -47,6 +44,7 @@ def read_tiff(content: bytes) -> NDArray:
         return _upright(_opaque(stored, page), _orientation(page))
 
 
+@decoding("the TIFF header")
 def tiff_shape(stream: BinaryIO) -> tuple[int, int, int]:
     """(C, H, W) from the header alone, as `read_tiff` would give it."""
     with _opened(stream) as tiff:
@@ -61,38 +59,22 @@ def tiff_shape(stream: BinaryIO) -> tuple[int, int, int]:
 def _opened(stream: BinaryIO) -> Any:
     import tifffile
 
-    try:
-        return tifffile.TiffFile(stream)
-    except (tifffile.TiffFileError, ValueError, IndexError, OSError) as error:
-        raise CorruptFileError("the TIFF header is damaged; copy the file again") from error
+    return tifffile.TiffFile(stream)
 
 
 def _only_page(tiff: Any) -> Any:
-    import struct
-
-    import tifffile
-
-    try:
-        count, page = len(tiff.pages), tiff.pages[0]
-    except (tifffile.TiffFileError, IndexError, struct.error, ValueError) as error:
-        raise CorruptFileError("the TIFF header is damaged; copy the file again") from error
+    count, page = len(tiff.pages), tiff.pages[0]
     if count > 1 or page.imagedepth > 1:
         raise UnsupportedFormatError(
             f"a TIFF of {max(count, page.imagedepth)} pages is not supported; save one per file"
         )
-    if page.imagelength * page.imagewidth * page.samplesperpixel > _MAX_VALUES:
+    size = page.imagelength * page.imagewidth * page.samplesperpixel
+    if not 0 < size <= _MAX_VALUES:
         raise CorruptFileError(
-            "the header asks for more than a billion values; if that is true, cut it into tiles"
+            f"the header asks for {size} values, and 1 to {_MAX_VALUES} are supported; "
+            "if that is true, cut it into tiles"
         )
     return page
-
-
-def _check_complete(page: Any, length: int) -> None:
-    ends = [a + n for a, n in zip(page.dataoffsets, page.databytecounts, strict=False)]
-    if not ends or max(ends) > length:
-        raise CorruptFileError(
-            f"the TIFF needs {max(ends, default=0)} bytes and has {length}; copy the file again"
-        )
 
 
 def _by_pillow(content: bytes, page: Any) -> NDArray:
@@ -100,17 +82,12 @@ def _by_pillow(content: bytes, page: Any) -> NDArray:
     from PIL import Image as Pillow
     from PIL import ImageOps
 
-    try:
-        with Pillow.open(io.BytesIO(content), formats=("TIFF",)) as opened:
-            picture: Pillow.Image = ImageOps.exif_transpose(opened)
-            if picture.mode == "1":
-                picture = picture.convert("L")
-            mode = picture.mode
-            array = np.asarray(picture.convert("RGB") if mode in ("P", "YCbCr") else picture)
-    except (Pillow.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        raise CorruptFileError(
-            "the TIFF is damaged or packed in a way that is not supported; save it uncompressed"
-        ) from error
+    with Pillow.open(io.BytesIO(content), formats=("TIFF",)) as opened:
+        picture: Pillow.Image = ImageOps.exif_transpose(opened)
+        if picture.mode == "1":
+            picture = picture.convert("L")
+        mode = picture.mode
+        array = np.asarray(picture.convert("RGB") if mode in ("P", "YCbCr") else picture)
     deep = mode not in ("I;16", "I;16B", "F") and page.dtype != np.uint8 and page.bitspersample > 8
     if deep or mode not in ("1", "L", "P", "RGB", "RGBA", "I;16", "I;16B", "F", "YCbCr"):
         raise UnsupportedFormatError(
@@ -122,6 +99,8 @@ def _by_pillow(content: bytes, page: Any) -> NDArray:
 
 
 def _channels_first(stored: NDArray, axes: str) -> NDArray:
+    if stored.ndim != len(axes):
+        raise CorruptFileError("the TIFF holds no whole picture; copy the file again")
     if axes == "YX":
         return stored[None]
     if axes == "YXS":

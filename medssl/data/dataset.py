@@ -1,0 +1,93 @@
+"""Items of a manifest as preprocessed samples, read when asked for."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from medssl.data.manifest import Item, Manifest, load_sample
+from medssl.data.preprocess import Preprocessing
+from medssl.data.sample import Sample
+
+
+class PreparedSamples(Sequence[Sample]):
+    """The i-th sample is the i-th item, read and preprocessed.
+
+    Samples are kept in memory while they fit, first come first kept, so that a second epoch reads
+    only the rest; do not change their tensors. Loader workers share the allowance.
+
+    keep_bytes: how much may be kept; 0 keeps nothing.
+    hashes: compute the hashes of every item read; `pixel_hashes` remembers, per item, those that
+        this process has read (a loader's workers have a memory of their own; there the hash
+        travels in `sample.images["image"].provenance["pixel_sha256"]`).
+    on_read: called with each sample as it was read, before preprocessing.
+
+    Indexing raises ReadError as `load_sample` does.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        items: Sequence[Item],
+        preprocessing: Preprocessing,
+        *,
+        keep_bytes: int = 2 << 30,
+        hashes: bool = False,
+        on_read: Callable[[Sample], None] | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self.items = tuple(items)
+        self.preprocessing = preprocessing
+        self.keep_bytes = keep_bytes
+        self.hashes = hashes
+        self.on_read = on_read
+        self.pixel_hashes: dict[str, str] = {}
+        self._kept: dict[int, Sample] = {}
+        self._kept_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]  # negative ones, and IndexError past the end
+        if index not in self._kept:
+            sample = self._prepare(self.items[index])
+            if not self._keep(index, sample):
+                return sample
+        return self._kept[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a spawned worker gets: everything but the kept samples."""
+        return {**self.__dict__, "_kept": {}, "_kept_bytes": 0}
+
+    def _prepare(self, item: Item) -> Sample:
+        sample = load_sample(self.manifest, item, hashes=self.hashes)
+        if self.hashes:
+            self.pixel_hashes[item.item] = sample.images["image"].provenance["pixel_sha256"]
+        if self.on_read is not None:
+            self.on_read(sample)
+        return self.preprocessing.sample(sample)
+
+    def _keep(self, index: int, sample: Sample) -> bool:
+        worker = get_worker_info()
+        allowed = self.keep_bytes // (worker.num_workers if worker else 1)
+        size = _bytes(sample)
+        if self._kept_bytes + size > allowed:
+            return False
+        self._kept[index] = sample
+        self._kept_bytes += size
+        return True
+
+
+def _bytes(sample: Sample) -> int:
+    """Memory of a sample's tensors."""
+    images = [*sample.images.values(), *([sample.mask] if sample.mask is not None else [])]
+    tensors: list[Tensor | None] = [tensor for one in images for tensor in (one.pixels, one.valid)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)

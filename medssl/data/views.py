@@ -1,0 +1,126 @@
+"""Random views of an image: crops that keep their coordinates, and the slice they come from."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from medssl.data.augment import Augmentation
+from medssl.data.geometry import crop, resize
+from medssl.data.image import Image
+from medssl.data.sample import Sample
+
+_EMPTY_SLICE = 0.01  # a slice whose values span less than this share of the volume's is empty
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crops:
+    """Random boxes of a picture, each resized to a square.
+
+    count: crops per picture.
+    size: side of the result in pixels.
+    scale: smallest and largest share of the picture's area.
+    aspect: smallest and largest width / height of the box, drawn log-uniformly.
+    flip: how often the crop is mirrored left to right.
+    """
+
+    count: int
+    size: int
+    scale: tuple[float, float]
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(
+                f"scale is (smallest, largest) share of the area within (0, 1], got {self.scale}"
+            )
+        if self.count < 0 or self.size < 1:
+            raise ValueError(f"got {self.count} crops of {self.size} pixels; both are counts")
+
+    def __call__(self, image: Image, generator: torch.Generator) -> list[Image]:
+        """`count` crops of a 2D image; the affine of each leads to the image's own frame."""
+        return [self._one(image, generator) for _ in range(self.count)]
+
+    def _one(self, image: Image, generator: torch.Generator) -> Image:
+        draws = torch.rand(5, generator=generator).tolist()
+        height, width = image.spatial_shape
+        area = height * width * (self.scale[0] + draws[0] * (self.scale[1] - self.scale[0]))
+        low, high = math.log(self.aspect[0]), math.log(self.aspect[1])
+        aspect = math.exp(low + draws[1] * (high - low))
+        box = (
+            min(height, max(1, round(math.sqrt(area / aspect)))),
+            min(width, max(1, round(math.sqrt(area * aspect)))),
+        )
+        start = (int(draws[2] * (height - box[0] + 1)), int(draws[3] * (width - box[1] + 1)))
+        result = resize(crop(image, start, box), (self.size, self.size))
+        return mirror(result) if draws[4] < self.flip else result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MultiCrop:
+    """The views of SwAV and DINO: a few large crops and many small ones, each changed on its own.
+
+    A volume gives one slice per call, drawn along D among the slices that hold something.
+    """
+
+    large: Crops
+    small: Crops
+    augmentation: Augmentation
+
+    def __call__(self, sample: Sample, generator: torch.Generator) -> dict[str, Tensor]:
+        """Returns "global" (V, C, H, W) and, where there are small crops, "local" (V, C, h, w)."""
+        image = sample.images["image"]
+        if image.axes == "DHW":
+            image = random_slice(image, generator)
+        if image.axes != "HW":
+            raise ValueError(
+                f"item {sample.item}: views need axes HW or DHW, got {image.axes}; a time series "
+                "has to be cut into its frames first"
+            )
+        image = replace(image, valid=None)  # preprocessing has filled what is not valid
+        views = {"global": self._stack(image, self.large, generator)}
+        if self.small.count:
+            views["local"] = self._stack(image, self.small, generator)
+        return views
+
+    def _stack(self, image: Image, crops: Crops, generator: torch.Generator) -> Tensor:
+        views = crops(image, generator)
+        return torch.stack([self.augmentation(view.pixels, generator) for view in views])
+
+
+def take_slice(volume: Image, index: int) -> Image:
+    """Slice `index` along D of a DHW volume as a 2D image at its place in the volume's frame."""
+    move = torch.eye(4, dtype=torch.float64)
+    move[0, 3] = index
+    return replace(
+        volume,
+        pixels=volume.pixels[:, index],
+        axes="HW",
+        affine=volume.affine @ move,
+        spacing=None if volume.spacing is None else volume.spacing[1:],
+        valid=None if volume.valid is None else volume.valid[index],
+    )
+
+
+def random_slice(volume: Image, generator: torch.Generator) -> Image:
+    """A slice along D, drawn evenly among those that are not constant; any where all are."""
+    spans = volume.pixels.amax((0, 2, 3)) - volume.pixels.amin((0, 2, 3))  # (D,)
+    candidates = (spans > _EMPTY_SLICE * spans.max()).nonzero()[:, 0]
+    if len(candidates) == 0:
+        candidates = torch.arange(len(spans))
+    pick = torch.randint(len(candidates), (1,), generator=generator)
+    return take_slice(volume, int(candidates[pick]))
+
+
+def mirror(image: Image) -> Image:
+    """A 2D image with its columns in reverse order; the affine still leads to the same places."""
+    reverse = torch.eye(4, dtype=torch.float64)
+    reverse[2, 2], reverse[2, 3] = -1, image.spatial_shape[1] - 1
+    return replace(
+        image,
+        pixels=image.pixels.flip(-1),
+        affine=image.affine @ reverse,
+        valid=None if image.valid is None else image.valid.flip(-1),
+    )

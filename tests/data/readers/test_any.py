@@ -1,0 +1,64 @@
+"""What a file is, by its content."""
+
+import gzip
+
+import nibabel
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image as Pillow
+
+from medssl.data.readers.any import read_image, sniff
+from medssl.data.readers.errors import CorruptFileError, UnsupportedFormatError
+
+
+def test_content_decides_and_the_suffix_does_not(tmp_path, make_ct_slice, save_dicom):
+    grey = np.zeros((4, 5), np.uint8)
+    Pillow.fromarray(grey).save(tmp_path / "png.dcm", format="PNG")
+    Pillow.fromarray(grey).save(tmp_path / "jpeg.nii", format="JPEG")
+    tifffile.imwrite(tmp_path / "tiff.png", grey)
+    tifffile.imwrite(tmp_path / "bigtiff", grey, bigtiff=True)
+    save_dicom(make_ct_slice(grey), tmp_path / "dicom.png")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((2, 2, 2), np.int16), np.eye(4)), tmp_path / "a.nii")
+    (tmp_path / "a.nii").rename(tmp_path / "nifti.tif")
+    (tmp_path / "zipped").write_bytes(gzip.compress((tmp_path / "nifti.tif").read_bytes()))
+    (tmp_path / "text.nii").write_text("hello" * 200)
+    (tmp_path / "empty.dcm").touch()
+    expected = {
+        "png.dcm": "picture",
+        "jpeg.nii": "picture",
+        "tiff.png": "picture",
+        "bigtiff": "picture",
+        "dicom.png": "dicom",
+        "nifti.tif": "nifti",
+        "zipped": "nifti",
+        "text.nii": None,
+        "empty.dcm": None,
+    }
+    assert {name: sniff(tmp_path / name) for name in expected} == expected
+    for name, kind in expected.items():
+        if kind is None:
+            with pytest.raises(UnsupportedFormatError):
+                read_image(tmp_path / name)
+        else:
+            assert read_image(tmp_path / name).pixels.max() <= 0
+
+
+def test_a_folder_is_dicom_only_with_a_dicom_file_in_it(tmp_path, write_ct_series):
+    Pillow.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "a.png")
+    assert sniff(tmp_path) is None
+    write_ct_series(tmp_path / "deep" / "series")
+    assert sniff(tmp_path) == "dicom"
+
+
+def test_a_broken_gzip_named_nifti_is_corrupt_rather_than_unknown(tmp_path):
+    (tmp_path / "a.nii.gz").write_bytes(b"\x1f\x8b\x08" + b"\0" * 20)
+    assert sniff(tmp_path / "a.nii.gz") == "nifti"
+    with pytest.raises(CorruptFileError):
+        read_image(tmp_path / "a.nii.gz")
+
+
+def test_series_means_nothing_for_a_picture(tmp_path):
+    Pillow.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="DICOM folder"):
+        read_image(tmp_path / "a.png", series="abc")
