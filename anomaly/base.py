@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from medssl.data.image import pixel_affine
+from medssl.data.image import Frame, pixel_affine
 from medssl.data.modality import Modality
 from medssl.data.sample import Batch, ImageBatch, Sample, collate
 
@@ -104,7 +104,7 @@ def noise_batch(noise: Tensor, axes: str) -> Batch:
         affines=pixel_affine().expand(count, 4, 4),
         spacings=(None,) * count,
         sizes=(spatial,) * count,
-        frames=("pixel",) * count,
+        frames=cast(tuple[Frame, ...], ("pixel",) * count),
         modalities=(Modality.UNKNOWN,) * count,
     )
     return Batch(

@@ -9,6 +9,7 @@ import torch
 from medssl.data.geometry import reorient, resample, resize
 from medssl.data.image import Image
 from medssl.data.modality import Modality
+from medssl.data.region import intracranial
 from medssl.data.sample import Sample
 
 PLANES = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}
@@ -30,6 +31,9 @@ class Preprocessing:
     channels: 1 keeps or makes grey; 3 repeats grey; None keeps what the source has.
     mean, std: subtracted and divided after the intensity step, one per channel or one for all.
     plane: volumes are turned so that the last two axes are this plane and D runs across it.
+    region: what is looked at; the rest becomes invalid: it is set to the low end of the intensities,
+        takes no part in fitting, and has no anomaly map. "intracranial" is what the skull encloses
+        in a head CT (see `medssl.data.region`).
     """
 
     size: tuple[int, int]
@@ -39,6 +43,7 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.25,)
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
+    region: Literal["all", "intracranial"] = "all"
 
     def __post_init__(self) -> None:
         if (self.intensity == "window") != (self.window_hu is not None):
@@ -53,7 +58,7 @@ class Preprocessing:
         """The image on the network's grid and scale; its affine still leads home."""
         if "T" in image.axes:
             raise ValueError(f"images with a T axis are not supported yet, got {image.axes!r}")
-        image = resize(self._oriented(image), self.size)
+        image = resize(self._looked_at(self._oriented(image)), self.size)
         pixels = self._standardized(self._matched(self._scaled(image)))
         return replace(image, pixels=pixels, value_range=None, units="normalized")
 
@@ -85,6 +90,12 @@ class Preprocessing:
         if image.axes == "DHW" and image.frame == "patient":
             return reorient(image, PLANES[self.plane])
         return image
+
+    def _looked_at(self, image: Image) -> Image:
+        if self.region == "all":
+            return image
+        region = intracranial(image)
+        return replace(image, valid=region if image.valid is None else region & image.valid)
 
     def _scaled(self, image: Image) -> Image:
         """Intensities to [0, 1]; invalid pixels become 0."""

@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -146,7 +146,7 @@ def load_encoder(path: Path) -> Encoder:
 def describe(model: nn.Module) -> dict[str, Any]:
     """Class path and constructor arguments; every argument must be an attribute of its name."""
     kind = type(model)
-    born_from = getattr(model, "born_from", frozenset())
+    born_from: frozenset[str] = getattr(model, "born_from", frozenset())
     arguments = {}
     for name in inspect.signature(kind.__init__).parameters:
         if name == "self" or name in born_from:
@@ -197,6 +197,8 @@ def _is_description(value: object) -> bool:
 def _plain(value: Any) -> Any:
     if isinstance(value, nn.Module):
         return describe(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
     if isinstance(value, (list, tuple)):
         return [_plain(entry) for entry in value]
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
 """2D networks of timm (https://github.com/huggingface/pytorch-image-models) as encoders."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class TimmEncoder(Encoder):
             self.network = _from_hub(name, arguments)
         else:
             self.network = timm.create_model(name, pretrained=False, **arguments)
-        self.embedding_dim = int(self.network.num_features)
+        self.embedding_dim = int(cast(int, self.network.num_features))
         if isinstance(weights, Path):
             load_weights(self.network, weights, ignore=("classifier.", "fc.", "head.fc."))
 

@@ -1,0 +1,54 @@
+"""Patch scores to pixel maps; NaN marks what is not valid, and it counts nowhere."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def upsample(patches: Tensor, size: Sequence[int]) -> Tensor:
+    """Patch scores (B, h, w) to pixels (B, H, W), bilinear between the patches that are not NaN.
+
+    A pixel all of whose neighbouring patches are NaN becomes NaN.
+    """
+    return _weighted(patches, lambda values: F.interpolate(values, tuple(size), mode="bilinear"))
+
+
+def smooth(maps: Tensor, sigma: float) -> Tensor:
+    """Gaussian mean of the pixels around each one, over those inside the map and not NaN.
+
+    maps: (B, H, W); sigma: in pixels, 0 changes nothing. NaN stays NaN.
+    """
+    if sigma < 0:
+        raise ValueError(f"sigma must not be negative, got {sigma}")
+    if sigma == 0:
+        return maps
+    radius = int(4 * sigma + 0.5)
+    offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma).square())
+    across = (kernel / kernel.sum()).reshape(1, 1, 1, -1)
+
+    def blur(values: Tensor) -> Tensor:
+        values = F.conv2d(values, across, padding=(0, radius))
+        return F.conv2d(values, across.mT, padding=(radius, 0))
+
+    return torch.where(maps.isnan(), maps, _weighted(maps, blur))
+
+
+def valid_patches(valid: Tensor, grid: Sequence[int]) -> Tensor:
+    """Patches (B, h, w) that hold at least one valid pixel of `valid` (B, H, W), both bool."""
+    return F.adaptive_max_pool2d(valid[:, None].float(), tuple(grid))[:, 0] > 0
+
+
+def outside_is_nan(maps: Tensor, valid: Tensor) -> Tensor:
+    """The maps with NaN wherever `valid`, of the same shape, is False."""
+    return torch.where(valid, maps, torch.nan)
+
+
+def _weighted(values: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:
+    """A linear filter of (B, 1, h, w) applied to (B, h, w), its weights shared by the non-NaN."""
+    known = (~values.isnan()).to(values.dtype)[:, None]
+    weight = linear(known)
+    total = linear(values.nan_to_num(0.0)[:, None])
+    return torch.where(weight > 1e-6, total / weight, torch.nan)[:, 0]

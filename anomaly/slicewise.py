@@ -1,0 +1,182 @@
+"""Any 2D detector over the slices of a volume."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, Self, overload
+
+import torch
+from torch import Tensor
+
+from anomaly.base import AnomalyMap, Detector, NormalData
+from medssl.data.image import Image
+from medssl.data.sample import Batch, ImageBatch, Sample
+
+_SLICES_AT_ONCE = 16  # bounds the memory of scoring, whatever the depth of a volume
+
+
+class Slicewise(Detector):
+    """Fits a 2D detector on every slice along D, and puts its maps back side by side.
+
+    Which way D runs is decided by `Preprocessing.plane`. A slice without a valid pixel (a gap, or
+    padding) is neither fitted nor scored; a constant one, such as air, is normal and is.
+    The item that gets a verdict is the volume, never a slice.
+
+    detector: takes images with axes HW.
+    aggregation: "max" makes the largest slice score that of the volume; "top_mean" the mean of
+        its `num_top` largest.
+    """
+
+    axes = "DHW"
+
+    def __init__(
+        self,
+        detector: Detector,
+        *,
+        aggregation: Literal["max", "top_mean"] = "max",
+        num_top: int = 3,
+    ) -> None:
+        super().__init__()
+        if detector.axes != "HW":
+            raise ValueError(f"slices need a detector of axes HW, got {detector.axes}")
+        if aggregation not in ("max", "top_mean") or num_top < 1:
+            raise ValueError(
+                "aggregation must be 'max' or 'top_mean' of at least one slice, got "
+                f"{aggregation!r} with num_top {num_top}"
+            )
+        self.detector = detector
+        self.aggregation = aggregation
+        self.num_top = num_top
+
+    def fit(self, normal: NormalData, *, workdir: Path | None = None) -> Self:
+        """Fit the detector on the slices of all volumes; needs each volume twice, in order."""
+        slices = _Slices(normal)
+        if len(slices) == 0:
+            raise ValueError(f"none of the {len(normal)} normal volumes has a valid pixel")
+        self.detector.fit(NormalData(slices, batch_size=_SLICES_AT_ONCE), workdir=workdir)
+        return self
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> AnomalyMap:
+        """Scores and maps of volumes, on the CPU; a volume without a valid pixel scores NaN."""
+        self.check_fitted()
+        images = batch.images["image"]
+        scores = torch.full(images.valid.shape[:2], torch.nan)  # (B, D)
+        maps = torch.full(images.valid.shape, torch.nan)  # (B, D, H, W)
+        for i in range(len(batch)):
+            inside = images.valid[i].flatten(1).any(1).nonzero()[:, 0].tolist()
+            for start in range(0, len(inside), _SLICES_AT_ONCE):
+                depths = inside[start : start + _SLICES_AT_ONCE]
+                found = self.detector.predict(_slice_batch(batch, i, depths))
+                scores[i, depths] = found.score.cpu()
+                pixels = found.maps["image"]
+                assert isinstance(pixels, Tensor)
+                maps[i, depths, : pixels.shape[1], : pixels.shape[2]] = pixels.cpu()
+        return AnomalyMap(score=self._aggregate(scores), maps={"image": maps})
+
+    def _aggregate(self, scores: Tensor) -> Tensor:
+        """Slice scores (B, D), NaN where there is none, to volume scores (B,)."""
+        largest = scores.nan_to_num(-torch.inf).sort(1, descending=True).values
+        largest = largest[:, : 1 if self.aggregation == "max" else self.num_top]
+        known = largest > -torch.inf
+        return largest.where(known, 0).sum(1) / known.sum(1)  # 0 / 0 is NaN
+
+    @classmethod
+    def example(cls) -> tuple[Self, list[Sample]]:
+        """PatchCore over eight small volumes, one with a slice that is not valid."""
+        from anomaly.features.patchcore import PatchCore
+
+        detector, pictures = PatchCore.example()
+        samples = []
+        for i, sample in enumerate(pictures):
+            planes = [pictures[(i + shift) % len(pictures)].images["image"] for shift in range(3)]
+            valid = torch.stack([image.valid for image in planes if image.valid is not None])
+            valid[0] &= i > 0
+            volume = replace(
+                sample.images["image"],
+                pixels=torch.stack([image.pixels for image in planes], dim=1),
+                axes="DHW",
+                valid=valid,
+            )
+            samples.append(sample.with_image(volume))
+        return cls(detector, aggregation="top_mean", num_top=2), samples
+
+
+class _Slices(Sequence[Sample]):
+    """The slices with a valid pixel of all volumes; keeps the volume that was read last."""
+
+    def __init__(self, volumes: NormalData) -> None:
+        self.volumes = volumes
+        self.places: list[tuple[int, int]] = []
+        self.last: tuple[int, Sample] | None = None
+        for i in range(len(volumes)):
+            image = volumes[i].images["image"]
+            if image.axes != "DHW":
+                raise ValueError(f"slices need volumes of axes DHW, got {image.axes}")
+            valid = image.valid
+            for depth in range(image.pixels.shape[1]):
+                if valid is None or valid[depth].any():
+                    self.places.append((i, depth))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        volume, depth = self.places[index]
+        if self.last is None or self.last[0] != volume:
+            self.last = (volume, self.volumes[volume])
+        sample = self.last[1]
+        return replace(sample.with_image(_slice(sample.images["image"], depth)), mask=None)
+
+
+def _slice(volume: Image, depth: int) -> Image:
+    """One slice (C, H, W) with the affine that leads its pixels (0, h, w) home."""
+    return replace(
+        volume,
+        pixels=volume.pixels[:, depth],
+        axes="HW",
+        affine=_at_depth(volume.affine, depth),
+        spacing=None if volume.spacing is None else volume.spacing[1:],
+        valid=None if volume.valid is None else volume.valid[depth],
+    )
+
+
+def _at_depth(affine: Tensor, depth: int) -> Tensor:
+    shift = torch.eye(4, dtype=affine.dtype)
+    shift[0, 3] = depth
+    return affine @ shift
+
+
+def _slice_batch(batch: Batch, item: int, depths: list[int]) -> Batch:
+    """Slices of one volume of the batch as a batch of pictures."""
+    images, count = batch.images["image"], len(depths)
+    if images.axes != "DHW":
+        raise ValueError(f"slices need volumes of axes DHW, got {images.axes}")
+    height, width = images.sizes[item][1:]
+    spacing = images.spacings[item]
+    slices = ImageBatch(
+        pixels=images.pixels[item, :, depths, :height, :width].transpose(0, 1),
+        axes="HW",
+        valid=images.valid[item, depths, :height, :width],
+        affines=torch.stack([_at_depth(images.affines[item], depth) for depth in depths]),
+        spacings=(None if spacing is None else spacing[1:],) * count,
+        sizes=((height, width),) * count,
+        frames=(images.frames[item],) * count,
+        modalities=(images.modalities[item],) * count,
+    )
+    return Batch(
+        items=(batch.items[item],) * count,
+        images={"image": slices},
+        points=(None,) * count,
+        reports=(None,) * count,
+        labels=batch.labels[[item] * count],
+        masks=None,
+        groups=(batch.groups[item],) * count,
+        studies=(batch.studies[item],) * count,
+    )

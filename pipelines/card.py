@@ -1,0 +1,97 @@
+"""The card of a fitted detector: what it learnt from, what it promises, what it is not for."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from anomaly.base import Detector
+from anomaly.calibration import Calibration
+from medssl.data.preprocess import Preprocessing
+from medssl.models.encoder import Encoder
+
+
+def detector_card(
+    detector: Detector,
+    *,
+    preprocessing: Preprocessing,
+    domain: Mapping[str, Any],
+    calibration: Calibration,
+    num_fitted: int,
+    num_groups: int,
+    seed: int,
+) -> str:
+    """Markdown for people; it names no file, folder, patient or machine.
+
+    num_fitted: normal items the detector was fitted on.
+    num_groups: patients or parts they come from.
+    """
+    encoders = [module for module in detector.modules() if isinstance(module, Encoder)]
+    about = "".join(f" on features of {_named(encoder)}" for encoder in encoders[:1])
+    lines = [
+        f"# {type(detector).__name__}",
+        "",
+        f"An anomaly detector{about}. Larger scores and map values are more anomalous; they are "
+        "raw and have no unit.",
+        "",
+        "## Fitted on",
+        "",
+        f"- {num_fitted} normal items of {num_groups} patients or parts, seed {seed}",
+        *_domain_lines(domain),
+        "",
+        "An item unlike these is refused: another modality, axes or number of channels, or a "
+        "spacing or size more than a factor of two beyond the range.",
+        "",
+        "## Preprocessing",
+        "",
+        *(f"- {name}: {value}" for name, value in preprocessing.to_dict().items() if value),
+        "",
+        "## Calibration",
+        "",
+        *_calibration_lines(calibration),
+        "",
+        "## Use and limits",
+        "",
+        "For research and engineering: it points at images, and places in them, that differ from "
+        "the normal ones it was fitted on. It does not say what the difference is, and it misses "
+        "what its features do not show. It is no medical device and no substitute for a "
+        "diagnosis; measure it on data of the place where it is to be used, and calibrate it "
+        "again where scanner, protocol, camera or population change.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _named(encoder: Encoder) -> str:
+    name = getattr(encoder, "name", None)
+    return f"{type(encoder).__name__} ({name})" if name else type(encoder).__name__
+
+
+def _domain_lines(domain: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"- modality: {', '.join(domain['modality'])}",
+        f"- axes: {domain['axes']}, channels: {', '.join(map(str, domain['channels']))}",
+        f"- size in pixels: {_range(domain['size'])}",
+    ]
+    if domain["spacing_mm"] is not None:
+        lines.append(f"- spacing in mm: {_range(domain['spacing_mm'])}")
+    return lines
+
+
+def _range(seen: Mapping[str, Sequence[float]]) -> str:
+    low, high = (" x ".join(f"{value:g}" for value in seen[end]) for end in ("min", "max"))
+    return low if low == high else f"{low} to {high}"
+
+
+def _calibration_lines(calibration: Calibration) -> list[str]:
+    if not calibration.calibrated:
+        return [
+            f"Not calibrated for a false-alarm rate of {calibration.rate:g}: scores have no "
+            f"threshold and no p-value. {calibration.missing} more held-out normal items are "
+            "needed."
+        ]
+    return [
+        f"- false-alarm rate: {calibration.rate:g}",
+        f"- held-out normal items: {len(calibration.scores)} ({calibration.method})",
+        f"- threshold of the score: {calibration.threshold:.6g}",
+        f"- threshold of the map: {calibration.map_threshold:.6g}",
+        "",
+        calibration.guarantee,
+    ]

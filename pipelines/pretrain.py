@@ -1,0 +1,242 @@
+"""Unlabelled images -> an encoder folder."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from medssl.data.dataset import PreparedSamples
+from medssl.data.domain import learn_domain
+from medssl.data.image import Image
+from medssl.data.manifest import Item, Manifest, NoDataError, build_manifest, load_sample
+from medssl.data.preprocess import Preprocessing
+from medssl.data.readers.errors import ReadError
+from medssl.models.encoder import Encoder
+from medssl.models.folder import save_model, selftest_noise
+from medssl.objectives.base import Objective
+from medssl.training import Report, TrainingPlan, train
+from pipelines.console import Progress, progress, say
+from pipelines.record import Run, recorded
+
+
+def pretrain(
+    data: Path,
+    objective: Objective,
+    out: Path,
+    *,
+    preprocessing: Preprocessing,
+    plan: TrainingPlan,
+    groups: str | None = None,
+    select: str | None = None,
+    max_train: int | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Pretrain an encoder on unlabelled images and save it as an encoder folder.
+
+    Every image that is not of the split "test" is used; labels are not looked at. Checkpoints lie
+    in OUT.work until the encoder is saved.
+
+    Args:
+        data: a folder, a file, or a manifest.
+        objective: the method, with the encoder that it trains.
+        out: the encoder folder; must not exist, unless with --resume.
+        preprocessing: what every image goes through; saved with the encoder.
+        plan: how long and how fast, in samples seen.
+        groups: FILE:COLUMN that names the patient or part of each picture.
+        select: an expression over manifest columns; only these images are used.
+        max_train: use at most this many images, drawn by the seed.
+        resume: go on from the last checkpoint where there is one, with the result of an
+            undisturbed run; does nothing where OUT is finished.
+        seed: seeds initialization, order, views and sampling.
+        device: auto, cpu or cuda.
+        precision: auto, fp32 or bf16; auto is bf16 on a GPU that has it.
+        workers: processes that make views; the result does not depend on them. Auto by default.
+    """
+    arguments = locals()
+    if out.exists() and resume:
+        say(f"{out} is finished; nothing to do")
+        return {"encoder": out, "finished": True, "failed": 0}
+    _check_encoder(objective, preprocessing)
+    _check_free(out, resume)
+    manifest, items = _chosen(data, groups, select, max_train, seed)
+    work = _work_folder(out)
+    with recorded("pretrain", arguments) as run:
+        run.manifest(manifest)
+        items, domain, failed = _readable(manifest, items)
+        with progress(plan.clock(plan.steps).total_samples, "pretraining") as bar:
+            result = train(
+                objective,
+                PreparedSamples(manifest, items, preprocessing),
+                plan,
+                workdir=work,
+                resume=resume,
+                device=device,
+                precision=precision,
+                workers=workers,
+                seed=seed,
+                identity={"data": manifest.digest, "preprocessing": str(preprocessing)},
+                on_step=_show(bar),
+            )
+        result |= {"images": len(items), "encoder": None, "failed": failed}
+        _tell(run, result)
+        if result["finished"]:
+            card = _card(objective, plan, manifest, result)
+            result["encoder"] = _save(out, objective, preprocessing, domain, card)
+            run.artifact(out)
+            shutil.rmtree(work)
+    return result if result["finished"] else {**result, "failed": failed + 1}
+
+
+def _save(
+    out: Path,
+    objective: Objective,
+    preprocessing: Preprocessing,
+    domain: dict[str, Any],
+    card: str,
+) -> Path:
+    encoder = objective.export()["image"].cpu()
+    assert isinstance(encoder, Encoder)
+    encoder.preprocessing = preprocessing
+    noise = selftest_noise((2, encoder.in_channels, *preprocessing.size))
+    return save_model(
+        out,
+        encoder,
+        kind="encoder",
+        preprocessing=preprocessing,
+        domain=domain,
+        card=card,
+        noise=noise,
+    )
+
+
+def _tell(run: Run, result: dict[str, Any]) -> None:
+    """The closing lines, on the record too."""
+    speed = {name: result[name] for name in ("samples_per_second", "waiting_share")}
+    run.metrics({**speed, **result["statistics"]})
+    run.tags({"verdict": result["verdict"] or "healthy"})
+    say(
+        f"{speed['samples_per_second']:.0f} samples/s, {speed['waiting_share']:.0%} of the time "
+        "waiting for data"
+    )
+    if not result["finished"]:
+        say("stopped as asked, and saved; --resume goes on from here")
+    elif result["verdict"] is not None:
+        say(f"warning: {result['verdict']}")
+
+
+def _check_free(out: Path, resume: bool) -> None:
+    work = _work_name(out)
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another folder or remove it first")
+    if work.exists() and not resume:
+        raise ValueError(
+            f"{work} holds an unfinished run; go on with --resume, or remove it to start anew"
+        )
+
+
+def _work_name(out: Path) -> Path:
+    return out.with_name(f"{out.name}.work")
+
+
+def _work_folder(out: Path) -> Path:
+    """The folder of the checkpoints, made and tried."""
+    work = _work_name(out)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "trial").touch()
+        (work / "trial").unlink()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {work} ({error.strerror}); choose another place for --out"
+        ) from error
+    return work
+
+
+def _check_encoder(objective: Objective, preprocessing: Preprocessing) -> None:
+    """An encoder that was trained before knows its preprocessing, and it must not change."""
+    known = getattr(objective.export()["image"], "preprocessing", None)
+    if known is not None and known != preprocessing:
+        raise ValueError(
+            f"the encoder was trained with {known} and this run asks for {preprocessing}; "
+            "pretrain with the encoder's own"
+        )
+
+
+def _chosen(
+    data: Path, groups: str | None, select: str | None, max_train: int | None, seed: int
+) -> tuple[Manifest, list[Item]]:
+    """The manifest of what may be used, and the images to train on."""
+    import torch
+
+    manifest = build_manifest(data, groups=groups)
+    if select is not None:
+        manifest = manifest.select(select)
+    items = [item for item in manifest.images if item.split != "test"]
+    if not items:
+        raise NoDataError(
+            f"no image left to train on: {len(manifest.images)} images are selected, all of the "
+            "split 'test'; give training images, or change --select"
+        )
+    if max_train is not None:
+        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+        items = [items[i] for i in sorted(order[:max_train].tolist())]
+    return manifest, items
+
+
+def _readable(manifest: Manifest, items: list[Item]) -> tuple[list[Item], dict[str, Any], int]:
+    """The items that can be read, their domain, and how many cannot; each of those is named."""
+    kept: list[Item] = []
+
+    def images() -> Iterator[Image]:
+        for item in items:
+            bar.advance(1)
+            try:
+                image = load_sample(manifest, item).images["image"]
+            except ReadError as error:
+                say(f"left out: {error}")
+                continue
+            kept.append(item)
+            yield image
+
+    with progress(len(items), "reading") as bar:
+        try:
+            domain = learn_domain(images())
+        except ValueError:
+            if not kept:
+                raise NoDataError(f"none of the {len(items)} images can be read") from None
+            raise
+    return kept, domain, len(items) - len(kept)
+
+
+def _show(bar: Progress) -> Callable[[Report], None]:
+    """Moves the bar, and says each kind of warning once."""
+    warned: set[str] = set()
+    shown = 0
+
+    def show(report: Report) -> None:
+        nonlocal shown  # a resumed training begins in the middle of the bar
+        bar.advance(report.clock.samples_seen - shown, f"loss {report.loss:.3f}")
+        shown = report.clock.samples_seen
+        kind = (report.warning or "").partition(":")[0]
+        if kind and kind not in warned:
+            warned.add(kind)
+            say(f"warning: {report.warning}")
+
+    return show
+
+
+def _card(
+    objective: Objective, plan: TrainingPlan, manifest: Manifest, result: dict[str, Any]
+) -> str:
+    statistics = "\n".join(f"- {name}: {value:.4g}" for name, value in result["statistics"].items())
+    return (
+        f"# Encoder pretrained with {type(objective).__name__}\n\n"
+        f"{result['images']} images (manifest {manifest.digest}), {plan.total_samples} samples "
+        f"seen, no label used.\n\n"
+        f"Collapse watch: {result['verdict'] or 'healthy'}\n\n"
+        f"Running means at the end:\n\n{statistics}\n"
+    )

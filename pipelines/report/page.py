@@ -1,0 +1,200 @@
+"""The page of a run: one HTML file that needs no network and names items only by their id."""
+
+import base64
+import io
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pipelines.journal import write_whole
+from pipelines.report.overlay import COLORS, View, heat_scale, side_by_side
+from pipelines.scoring import read_calibration
+
+Row = Mapping[str, Any]
+MOST_PICTURES = 200
+"""Pictures on the page; those with the highest scores."""
+_BINS = 40
+METRICS = {
+    "image_auroc": ("Image AUROC", "chance that an anomalous item scores above a normal one"),
+    "image_average_precision": ("Image average precision", "area under precision and recall"),
+    "pixel_auroc": ("Pixel AUROC", "the same for single pixels, against the masks"),
+    "aupro": ("AUPRO, FPR ≤ 0.3", "overlap with each marked region; 1 is perfect"),
+    "false_alarm_rate": ("False-alarm rate", "share of normal items above the threshold"),
+    "recall": ("Recall", "share of anomalous items above the threshold"),
+}
+
+
+def write_overlays(out: Path, rows: Sequence[Row], model_folder: Path) -> None:
+    """overlays/<item>.png for every scored item: the original, and beside it the coloured one.
+
+    The views kept while scoring are removed at the end; done once, this does nothing.
+    """
+    from PIL import Image as Pillow
+
+    views, done = out / "journal" / "views", out / "journal" / "overlays.json"
+    if not done.is_file():
+        calibration = read_calibration(model_folder)
+        items = [row["item"] for row in rows if row["status"] == "ok"]
+        scale = heat_scale(
+            (View.load(views / f"{item}.npz") for item in items),
+            None if calibration is None else calibration.map_threshold,
+        )
+        where = {}
+        for item in items:
+            one = View.load(views / f"{item}.npz")
+            where[item] = one.where
+            picture = Pillow.fromarray(side_by_side(one, scale))
+            picture.save(out / "overlays" / f"{item}.png")
+        write_whole(done, json.dumps({"scale": scale.to_dict(), "where": where}))
+    shutil.rmtree(views, ignore_errors=True)
+
+
+def write_report(
+    out: Path,
+    rows: Sequence[Row],
+    model_folder: Path,
+    labels: Mapping[str, int | None],
+    evaluation: Mapping[str, Any] | None = None,
+) -> None:
+    """report.html of a run whose tables and overlays are written.
+
+    labels: item -> 0, 1 or None, where the truth is known.
+    evaluation: what `medssl evaluate` found, with its intervals.
+    """
+    import jinja2
+
+    overlays = json.loads((out / "journal" / "overlays.json").read_text())
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["short"] = _short
+    scored = sorted(
+        (row for row in rows if row["status"] == "ok"), key=lambda row: -float(row["score"])
+    )
+    written = (out / "scores.parquet").stat().st_mtime
+    page = environment.get_template("template.html.j2").render(
+        date=datetime.fromtimestamp(written).strftime("%d %B %Y, %H:%M"),
+        model=_model_facts(model_folder, rows),
+        counts=_counts(rows),
+        cases=[_case(row, rank, out, overlays["where"], labels) for rank, row in enumerate(scored)],
+        most_pictures=MOST_PICTURES,
+        volumes=any(row["volume_mm3"] is not None for row in scored),
+        problems=[row for row in rows if row["status"] != "ok"],
+        labelled=any(labels.get(row["item"]) is not None for row in scored),
+        histogram=histogram(scored, labels) if scored else None,
+        scale=overlays["scale"],
+        colors=[f"rgb{color}" for color in COLORS],
+        metrics=_metrics(evaluation),
+        evaluation=evaluation,
+    )
+    write_whole(out / "report.html", page)
+
+
+def histogram(scored: Sequence[Row], labels: Mapping[str, int | None]) -> dict[str, Any]:
+    """Counts of scores in equal bins, per truth, with the places of axis and threshold in [0, 1].
+
+    scored: at least one row with a score.
+    """
+    values = [float(row["score"]) for row in scored]
+    threshold = scored[0]["threshold"]
+    ends = values if threshold is None else [*values, threshold]
+    low, high = min(ends), max(ends)
+    width = (high - low) or 1.0
+    bins = [{"normal": 0, "anomalous": 0, "unknown": 0} for _ in range(_BINS)]
+    names: dict[int | None, str] = {0: "normal", 1: "anomalous", None: "unknown"}
+    for row, value in zip(scored, values, strict=True):
+        place = min(int((value - low) / width * _BINS), _BINS - 1)
+        bins[place][names[labels.get(row["item"])]] += 1
+    return {
+        "bins": bins,
+        "highest": max(sum(one.values()) for one in bins),
+        "ticks": [(step / 4, low + width * step / 4) for step in range(5)],
+        "threshold": threshold,
+        "threshold_place": None if threshold is None else (threshold - low) / width,
+        "present": [name for name in names.values() if any(one[name] for one in bins)],
+    }
+
+
+def _case(
+    row: Row, rank: int, out: Path, where: Mapping[str, str], labels: Mapping[str, int | None]
+) -> dict[str, Any]:
+    """What the table shows of one scored item; the first by score come with a picture."""
+    verdict = {True: "anomalous", False: "normal", None: "no verdict"}[row["anomalous"]]
+    truth = {1: "anomalous", 0: "normal", None: ""}[labels.get(row["item"])]
+    return {
+        "item": row["item"],
+        "score": row["score"],
+        "p_value": row["p_value"],
+        "verdict": verdict,
+        "truth": truth,
+        "modality": row["modality"],
+        "regions": None if row["boxes"] is None else len(row["boxes"]),
+        "volume_ml": None if row["volume_mm3"] is None else row["volume_mm3"] / 1000,
+        "where": where[row["item"]],
+        "picture": _inlined(out / "overlays" / f"{row['item']}.png")
+        if rank < MOST_PICTURES
+        else None,
+    }
+
+
+def _inlined(file: Path) -> str:
+    """A picture as a JPEG data URI."""
+    from PIL import Image as Pillow
+
+    stream = io.BytesIO()
+    with Pillow.open(file) as picture:
+        picture.convert("RGB").save(stream, "JPEG", quality=82, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _model_facts(model_folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
+    """What the page says of the model: kind, digest, card, domain and promise."""
+    import yaml
+
+    description = yaml.safe_load((model_folder / "model.yaml").read_text())
+    card = model_folder / "card.md"
+    return {
+        "kind": _name(description["model"]),
+        "digest": rows[0]["model"],
+        "card": card.read_text() if card.is_file() else "",
+        "calibration": read_calibration(model_folder),
+        "preprocessing": description["preprocessing"],
+    }
+
+
+def _name(description: Mapping[str, Any]) -> str:
+    """The detector's class, and the one it applies to slices: "Slicewise PatchCore"."""
+    inner = description["init_args"].get("detector")
+    own = description["class_path"].rpartition(".")[2]
+    return own if inner is None else f"{own} {_name(inner)}"
+
+
+def _counts(rows: Sequence[Row]) -> dict[str, int]:
+    counts = {"items": len(rows), "anomalous": 0, "normal": 0, "no verdict": 0}
+    counts |= {"refused": 0, "error": 0}
+    for row in rows:
+        verdict = {True: "anomalous", False: "normal", None: "no verdict"}[row["anomalous"]]
+        counts[verdict if row["status"] == "ok" else row["status"]] += 1
+    return counts
+
+
+def _metrics(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Name, meaning and interval of each metric that was computed, in a fixed order."""
+    found = evaluation or {}
+    return [
+        {"name": name, "meaning": meaning, **found[key]}
+        for key, (name, meaning) in METRICS.items()
+        if key in found
+    ]
+
+
+def _short(value: float | None, digits: int = 4) -> str:
+    """A number as people read it; nothing for None."""
+    return "" if value is None else f"{value:.{digits}g}"

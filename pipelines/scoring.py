@@ -1,0 +1,235 @@
+"""A fitted detector, its preprocessing and its calibration as one: raw samples to verdicts."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+
+from anomaly.base import Detector
+from anomaly.calibration import Calibration
+from medssl.data.domain import check_domain
+from medssl.data.geometry import resample
+from medssl.data.image import Image
+from medssl.data.preprocess import Preprocessing
+from medssl.data.sample import Sample, collate
+from medssl.models.folder import ModelFolderError, SavedModel, load_model
+
+
+class OutsideDomainError(ValueError):
+    """An item unlike anything the detector was fitted on; the message is the reason."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scored:
+    """The verdict on one item; larger scores and map values are more anomalous.
+
+    score: raw.
+    map: (1, *axes) raw float32 on the source's grid, NaN where the source is not valid.
+    p_value, threshold, anomalous: None where the detector is not calibrated.
+    boxes: regions above the calibrated map threshold, largest first, in source indices, half-open:
+        (h0, w0, h1, w1) or (d0, h0, w0, d1, h1, w1); None where not calibrated.
+    volume_mm3: of all regions together; None in 2D, without physical spacing or calibration.
+    """
+
+    item: str
+    score: float
+    map: Image
+    p_value: float | None
+    threshold: float | None
+    anomalous: bool | None
+    boxes: tuple[tuple[int, ...], ...] | None
+    volume_mm3: float | None
+
+
+class Scorer:
+    """Scores samples as they were read, and brings the maps home.
+
+    On one machine and thread count, equal lists of samples give equal bits. Volumes are predicted
+    one by one, so theirs do not depend on the list at all.
+
+    model_folder: a folder written by `medssl fit`.
+    device: "auto" takes a GPU where there is one.
+    force: score items outside the detector's domain too.
+    Raises FileNotFoundError or ModelFolderError for a folder that is no fitted detector.
+    """
+
+    saved: SavedModel | None
+
+    def __init__(self, model_folder: Path, *, device: str = "auto", force: bool = False) -> None:
+        saved = load_model(model_folder, kind="detector")
+        self._hold(
+            cast(Detector, saved.model),
+            saved.preprocessing,
+            domain=None if force else saved.domain,
+            calibration=read_calibration(model_folder),
+            device=device,
+        )
+        self.saved = saved
+
+    @classmethod
+    def from_parts(
+        cls,
+        model: Detector,
+        preprocessing: Preprocessing,
+        *,
+        domain: Mapping[str, Any] | None = None,
+        calibration: Calibration | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Self:
+        """A scorer of a detector that is not saved yet.
+
+        domain: None scores whatever comes.
+        calibration: None leaves verdicts, boxes and volumes empty.
+        """
+        scorer = cls.__new__(cls)
+        scorer.saved = None
+        scorer._hold(model, preprocessing, domain=domain, calibration=calibration, device=device)
+        return scorer
+
+    def _hold(
+        self,
+        model: Detector,
+        preprocessing: Preprocessing,
+        *,
+        domain: Mapping[str, Any] | None,
+        calibration: Calibration | None,
+        device: str | torch.device,
+    ) -> None:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+        self.preprocessing = preprocessing
+        self.domain = domain
+        self.calibration = calibration
+
+    def check(self, sample: Sample) -> None:
+        """Raises OutsideDomainError for a sample unlike what the detector was fitted on."""
+        reason = self.domain and check_domain(sample.images["image"], self.domain)
+        if reason:
+            raise OutsideDomainError(reason)
+
+    def prepare(self, sample: Sample) -> Sample:
+        """The sample as the detector sees it, without its mask.
+
+        Raises what `check` raises, and ValueError where the preprocessing cannot take the image.
+        """
+        self.check(sample)
+        image = self.preprocessing(sample.images["image"])
+        return replace(sample, images={"image": image}, mask=None)
+
+    def score(self, samples: Sequence[Sample]) -> list[Scored]:
+        """One verdict per sample, in their order; samples are as read, on the source's grid.
+
+        Raises what `prepare` raises, and ValueError where the detector gives no finite score.
+        """
+        prepared = [self.prepare(sample) for sample in samples]
+        found: dict[int, Scored] = {}
+        for rows in _alike([sample.images["image"] for sample in prepared]):
+            batch = collate([prepared[row] for row in rows]).to(self.device)
+            with torch.inference_mode():
+                answer = self.model.predict(batch)
+            scores = answer.score.float().cpu().tolist()
+            for row, score, values in zip(rows, scores, answer.maps["image"], strict=True):
+                source, image = samples[row].images["image"], prepared[row].images["image"]
+                home = map_to_source(values.cpu(), image, source)
+                found[row] = self._verdict(samples[row].item, score, home)
+        return [found[row] for row in range(len(samples))]
+
+    def _verdict(self, item: str, score: float, values: Image) -> Scored:
+        if not torch.tensor(score).isfinite():
+            raise ValueError(
+                f"item {item}: the detector gave the score {score}; look at its pixels"
+            )
+        known = self.calibration
+        boxes, volume_mm3 = None, None
+        if known is not None and known.map_threshold is not None:
+            boxes, volume_mm3 = regions(values, known.map_threshold)
+        return Scored(
+            item=item,
+            score=score,
+            map=values,
+            p_value=None if known is None else known.p_value(score),
+            threshold=None if known is None else known.threshold,
+            anomalous=None if known is None else known.anomalous(score),
+            boxes=boxes,
+            volume_mm3=volume_mm3,
+        )
+
+
+def map_to_source(values: Tensor, prepared: Image, source: Image) -> Image:
+    """Bring a map home: onto the source's grid, NaN where the source is not valid.
+
+    values: (*spatial axes) on the grid of `prepared`, padding at the end of the axes allowed.
+    prepared: the image the detector saw; only its place in the world is used.
+    Returns an image of one channel with the source's affine, spacing and axes.
+    """
+    shape = prepared.spatial_shape
+    inside = values[tuple(slice(length) for length in shape)].float()
+    if tuple(inside.shape) != shape:
+        raise ValueError(f"a map of {tuple(values.shape)} does not cover the image's {shape}")
+    if prepared.valid is not None:
+        inside = torch.where(prepared.valid, inside, torch.nan)
+    image = replace(
+        prepared,
+        pixels=inside[None],
+        valid=None,
+        channels=("anomaly",),
+        units="raw score",
+        value_range=None,
+        provenance={},
+    )
+    home = resample(image, to=source)
+    if source.valid is not None:
+        home = replace(home, pixels=torch.where(source.valid, home.pixels, torch.nan))
+    return replace(home, valid=source.valid)
+
+
+def regions(values: Image, threshold: float) -> tuple[tuple[tuple[int, ...], ...], float | None]:
+    """Boxes of the connected regions above `threshold`, and their volume in mm3.
+
+    Corners connect. Boxes are half-open, in the indices of `values`, all starts before all ends,
+    the region of most pixels first. The volume is None in 2D and without physical spacing.
+    """
+    import numpy as np
+    from scipy import ndimage
+
+    above = (values.pixels[0] > threshold).numpy()  # NaN is never above
+    labels, count = ndimage.label(above, structure=np.ones((3,) * above.ndim))
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:].tolist()
+    boxes = [
+        (*(side.start for side in sides), *(side.stop for side in sides))
+        for sides in ndimage.find_objects(labels)
+    ]
+    order = sorted(range(count), key=lambda region: (-sizes[region], boxes[region]))
+    volume_mm3 = None
+    if above.ndim == 3 and values.spacing is not None:
+        volume_mm3 = float(values.affine[:3, :3].det().abs()) * sum(sizes)
+    return tuple(boxes[region] for region in order), volume_mm3
+
+
+def read_calibration(model_folder: Path) -> Calibration | None:
+    """The calibration saved with a detector, or None where none was.
+
+    Raises ModelFolderError where the file is damaged.
+    """
+    file = model_folder / "calibration.json"
+    if not file.is_file():
+        return None
+    try:
+        return Calibration.from_dict(json.loads(file.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelFolderError(f"{model_folder.name}/calibration.json is damaged") from error
+
+
+def _alike(images: Sequence[Image]) -> list[list[int]]:
+    """Rows that may share a batch: 2D images of one size and channel count; a volume is alone."""
+    kinds: dict[object, list[int]] = {}
+    for row, image in enumerate(images):
+        kind = row if image.axes != "HW" else tuple(image.pixels.shape)
+        kinds.setdefault(kind, []).append(row)
+    return list(kinds.values())

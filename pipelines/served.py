@@ -1,0 +1,110 @@
+"""The registered model as MLflow runs it: pictures and scans in, one verdict per row out.
+
+MLflow keeps a copy of this file with each registered model and runs it when the model is loaded.
+"""
+
+import base64
+import binascii
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pandas
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+COLUMNS = ("score", "p_value", "threshold", "anomalous", "status", "error")
+
+
+class ServedDetector(PythonModel):
+    """A fitted detector behind `mlflow.pyfunc`; larger scores are more anomalous."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the model folder that was registered."""
+        from pipelines.scoring import Scorer
+
+        self.scorer = Scorer(Path(context.artifacts["model"]))
+
+    def predict(
+        self,
+        context: PythonModelContext,
+        model_input: pandas.DataFrame,
+        params: dict[str, Any] | None = None,
+    ) -> pandas.DataFrame:
+        """Score each row by itself; a bad row gets status "error" or "refused" and a reason.
+
+        model_input: a DataFrame with the column `content` (the bytes of a picture, NIfTI or DICOM
+            file, as they are or in base64), or `path`, a file below the folder that the variable
+            MEDSSL_SERVE_ROOT names where the model runs.
+        Returns a DataFrame of `COLUMNS` with the index of the input.
+        """
+        # None in every empty cell: NaN is no JSON
+        rows = [
+            {**dict.fromkeys(COLUMNS), **self._row(row)} for row in model_input.to_dict("records")
+        ]
+        return pandas.DataFrame(rows, columns=COLUMNS, index=model_input.index, dtype=object)
+
+    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+        from medssl.data.readers.errors import ReadError
+        from pipelines.scoring import OutsideDomainError
+
+        try:
+            return self._verdict(row)
+        except OutsideDomainError as error:
+            return {"status": "refused", "error": str(error)}
+        except (ReadError, ValueError) as error:
+            return {"status": "error", "error": str(error)}
+        except Exception as error:  # one row never takes the others down; a message may hold a path
+            return {"status": "error", "error": f"scoring failed with {type(error).__name__}"}
+
+    def _verdict(self, row: dict[str, Any]) -> dict[str, Any]:
+        from medssl.data.readers.any import read_image
+        from medssl.data.sample import Sample
+
+        if _given(row.get("content")):
+            with tempfile.TemporaryDirectory(prefix="medssl-") as work:
+                file = Path(work, "content")
+                file.write_bytes(_bytes(row["content"]))
+                image = read_image(file)
+        elif _given(row.get("path")):
+            image = read_image(_below_root(row["path"]))
+        else:
+            raise ValueError("a row needs content (the bytes of a file) or path, got neither")
+        scored = self.scorer.score([Sample(item="row", images={"image": image})])[0]
+        return {
+            "score": scored.score,
+            "p_value": scored.p_value,
+            "threshold": scored.threshold,
+            "anomalous": scored.anomalous,
+            "status": "ok",
+        }
+
+
+def _given(value: Any) -> bool:
+    return isinstance(value, (str, bytes, bytearray)) and len(value) > 0
+
+
+def _bytes(content: str | bytes) -> bytes:
+    if not isinstance(content, str):
+        return bytes(content)
+    try:
+        return base64.b64decode(content, validate=True)
+    except binascii.Error as error:
+        raise ValueError("content is text but not base64; send the file's bytes") from error
+
+
+def _below_root(path: str) -> Path:
+    """The file, if it lies below the one folder the server may read."""
+    root = os.environ.get("MEDSSL_SERVE_ROOT")
+    if not root:
+        raise ValueError("no local path is read where MEDSSL_SERVE_ROOT is not set; send content")
+    file = Path(root, path).resolve()
+    if not file.is_relative_to(Path(root).resolve()):
+        raise ValueError("the path is not below MEDSSL_SERVE_ROOT; only files there are read")
+    if not file.exists():
+        raise ValueError("there is no such file below MEDSSL_SERVE_ROOT")
+    return file
+
+
+set_model(ServedDetector())

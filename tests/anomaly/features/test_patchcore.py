@@ -1,0 +1,217 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anomaly.base import NormalData, noise_batch
+from anomaly.features import patchcore
+from anomaly.features.patchcore import PatchCore
+from medssl.models.encoder import Encoder
+
+
+class Pixels(Encoder):
+    """A network whose layers are the picture itself, and its means over 2 x 2 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_channels = self.embedding_dim = 1
+        self.network = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.AvgPool2d(2))
+        nn.init.ones_(self.network[0].weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images).mean((2, 3))
+
+
+def of_pixels(**arguments: object) -> PatchCore:
+    """A detector whose patches are means of 3 x 3 pixels, with every one of them in the bank."""
+    defaults = {"layers": ["0"], "coreset_ratio": 1.0, "num_neighbors": 1, "sigma": 0.0}
+    return PatchCore(Pixels(), **(defaults | arguments))
+
+
+def fitted(detector: PatchCore, pixels: Tensor) -> PatchCore:
+    """Fitted on pictures (S, H, W)."""
+    batch = noise_batch(pixels[:, None], "HW")
+    normal = NormalData([object()] * len(pixels))  # only counted
+    normal.batches = lambda **_: iter([batch])
+    return detector.fit(normal)
+
+
+def test_a_score_is_the_distance_of_the_farthest_patch_mean_to_the_normal_ones():
+    detector = fitted(of_pixels(), torch.zeros(1, 8, 8))
+    picture = torch.zeros(1, 8, 8)
+    picture[0, 4, 4] = 9.0
+
+    found = detector.predict(noise_batch(picture[:, None], "HW"))
+
+    expected = torch.zeros(1, 8, 8)
+    expected[0, 3:6, 3:6] = 1.0  # a ninth of the pixel, wherever the 3 x 3 patch holds it
+    torch.testing.assert_close(found.maps["image"], expected)
+    torch.testing.assert_close(found.score, torch.tensor([1.0]))
+
+
+def test_the_image_score_is_weighed_as_in_equation_7():
+    detector = of_pixels(num_neighbors=3)
+    detector.register_buffer("bank_", torch.tensor([[10.0], [9.5], [9.0], [7.3], [4.9]]))
+
+    found = detector.predict(noise_batch(torch.full((1, 1, 8, 8), 11.0), "HW")).score
+
+    # The inside, 11, is farthest: borders see zeros and are 22/3 and 44/9, close to a normal. Its
+    # nearest normal is 10, and the nearest normals to that are 10, 9.5 and 9.
+    reach = torch.tensor([11.0 - 10, 11 - 9.5, 11 - 9])
+    weight = 1 - reach[0].exp() / reach.exp().sum()
+    torch.testing.assert_close(found, (weight * 1.0)[None])
+
+
+def test_one_normal_patch_leaves_the_score_unweighted():
+    detector = of_pixels(num_neighbors=9)
+    detector.register_buffer("bank_", torch.zeros(1, 1))
+    found = detector.predict(noise_batch(torch.full((1, 1, 8, 8), 4.0), "HW")).score
+    torch.testing.assert_close(found, torch.tensor([4.0]))
+
+
+def test_the_picture_is_surrounded_by_zeros():
+    grid = of_pixels().patches(torch.full((1, 1, 5, 6), 9.0))[0, :, :, 0]
+    torch.testing.assert_close(grid[0, :2], torch.tensor([4.0, 6.0]))
+    torch.testing.assert_close(grid[1:-1, 1:-1], torch.full((3, 4), 9.0))
+
+
+def test_layers_are_brought_to_the_grid_of_the_first():
+    detector = of_pixels(layers=["0", "1"])
+    images = torch.randn(2, 1, 8, 12, generator=torch.Generator().manual_seed(0))
+    grid = detector.patches(images)
+    fine = F.avg_pool2d(images, 3, 1, 1)
+    coarse = F.avg_pool2d(F.avg_pool2d(images, 2), 3, 1, 1)
+    assert grid.shape == (2, 8, 12, 2)
+    torch.testing.assert_close(grid[..., 0], fine[:, 0])
+    up = F.interpolate(coarse, size=(8, 12), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(grid[..., 1], up[:, 0])
+
+
+def test_patches_that_are_not_valid_are_neither_learnt_nor_scored():
+    pixels = torch.zeros(1, 1, 8, 8)
+    pixels[..., 4:] = 100.0
+    batch = noise_batch(pixels, "HW")
+    batch.images["image"].valid[..., 3:] = False
+    normal = NormalData([object()])
+    normal.batches = lambda **_: iter([batch])
+
+    detector = of_pixels().fit(normal)
+    found = detector.predict(batch)
+
+    assert len(detector.bank_) == 8 * 3
+    assert detector.bank_.max() == 0  # the first three columns see none of the 100
+    assert found.score.tolist() == [0.0]
+    assert found.maps["image"][..., :3].eq(0).all()
+    assert found.maps["image"][..., 3:].isnan().all()
+
+
+def test_a_picture_without_a_valid_pixel_scores_nan_and_cannot_be_fitted():
+    detector = fitted(of_pixels(num_neighbors=3), torch.rand(2, 8, 8))
+    batch = noise_batch(torch.rand(2, 1, 8, 8), "HW")
+    batch.images["image"].valid[1] = False
+    score = detector.predict(batch).score
+    assert score[0] >= 0
+    assert score[1].isnan()
+    batch.images["image"].valid[0] = False
+    normal = NormalData([object()] * 2)
+    normal.batches = lambda **_: iter([batch])
+    with pytest.raises(ValueError, match="none of the 2 normal items"):
+        detector.fit(normal)
+
+
+def test_the_bank_holds_the_asked_share_of_the_patches():
+    detector, samples = PatchCore.example()
+    detector.coreset_ratio = 0.05
+    detector.fit(NormalData(samples[1:]))
+    height, width = detector.patches(torch.zeros(1, 1, 64, 48)).shape[1:3]
+    assert len(detector.bank_) == int(0.05 * 7 * height * width)
+
+
+def test_a_bank_of_mapped_patches_is_that_of_patches_in_memory(tmp_path, monkeypatch):
+    detector, samples = PatchCore.example()
+    normal = NormalData(samples)
+    expected = detector.fit(normal).bank_
+    mapped = []
+    from_file = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda *a, **k: mapped.append(a) or from_file(*a, **k))
+    monkeypatch.setattr(patchcore, "_MEMORY_SHARE", 0.0)
+
+    assert detector.fit(normal, workdir=tmp_path).bank_.equal(expected)
+    assert len(mapped) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_raised_disk_scores_above_every_normal_and_is_where_the_map_is_largest():
+    detector, samples = PatchCore.example()
+    detector.fit(NormalData(samples[:6]))
+    batch = next(NormalData(samples[6:]).batches())
+    normal = detector.predict(batch).score
+    batch.images["image"].pixels[:, :, 28:36, 28:36] += 8.0
+    found = detector.predict(batch)
+    assert found.score.min() > normal.max()
+    for values in found.maps["image"]:
+        row, column = divmod(int(values.nan_to_num(-1).argmax()), values.shape[1])
+        assert 22 <= row < 42
+        assert 22 <= column < 42
+
+
+def test_training_mode_leaves_the_encoder_in_evaluation_mode():
+    detector, _ = PatchCore.example()
+    detector.train()
+    assert detector.training
+    assert not any(module.training for module in detector.encoder.modules())
+    assert not any(parameter.requires_grad for parameter in detector.parameters())
+
+
+def test_pictures_of_two_sizes_cannot_be_fitted():
+    batches = [noise_batch(torch.rand(1, 1, size, 8), "HW") for size in (8, 10)]
+    normal = NormalData([object()] * 2)
+    normal.batches = lambda **_: iter(batches)
+    with pytest.raises(ValueError, match=r"one size, got \(8, 8\) and \(10, 8\)"):
+        of_pixels().fit(normal)
+
+
+def test_pixels_that_are_nan_are_refused_by_item():
+    detector = fitted(of_pixels(), torch.rand(2, 8, 8))
+    pixels = torch.rand(2, 1, 8, 8)
+    pixels[1, 0, 3, 3] = torch.nan
+    with pytest.raises(ValueError, match="features of items noise0, noise1"):
+        detector.predict(noise_batch(pixels, "HW"))
+
+
+def test_another_number_of_channels_is_refused():
+    with pytest.raises(ValueError, match="takes 1 channels, got 3"):
+        of_pixels().patches(torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"coreset_ratio": 0.0}, "coreset_ratio"),
+        ({"coreset_ratio": 1.5}, "coreset_ratio"),
+        ({"layers": []}, "layers"),
+        ({"num_neighbors": 0}, "num_neighbors"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        of_pixels(**arguments)
+
+
+def test_an_encoder_folder_is_loaded(tmp_path):
+    from medssl.data.preprocess import Preprocessing
+    from medssl.models.folder import save_model, selftest_noise
+
+    detector, _ = PatchCore.example()
+    folder = save_model(
+        tmp_path / "encoder",
+        detector.encoder,
+        kind="encoder",
+        preprocessing=Preprocessing(size=(64, 64), intensity="percentile"),
+        domain={},
+        card="",
+        noise=selftest_noise((1, 1, 64, 64)),
+    )
+    loaded = PatchCore(folder, layers=["layer1", "layer2"])
+    images = torch.randn(1, 1, 64, 64)
+    assert loaded.patches(images).equal(detector.patches(images))

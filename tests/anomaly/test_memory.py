@@ -1,0 +1,157 @@
+import numpy as np
+import pytest
+import torch
+
+from anomaly import memory
+from anomaly.memory import greedy_coreset, nearest
+
+
+def naive(features: torch.Tensor, count: int, first: int) -> list[int]:
+    """The textbook loop: one pass over every point per pick, in float64."""
+    points = features.double().numpy()
+    distance = np.full(len(points), np.inf)
+    picks = [first]
+    while True:
+        distance = np.minimum(distance, ((points - points[picks[-1]]) ** 2).sum(1))
+        distance[picks[-1]] = -1
+        if len(picks) == count:
+            return picks
+        picks.append(int(distance.argmax()))
+
+
+def covering(features: torch.Tensor, picks: list[int]) -> torch.Tensor:
+    """Distance of every point to its nearest pick, (N,) float64, from differences."""
+    points = features.double()
+    return torch.cdist(points, points[picks], compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+
+
+def cloud(kind: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    if kind == "random":
+        return torch.randn(2000, 24, generator=generator)
+    if kind == "clustered":  # far from each other and from the origin, each tight
+        centers = 1000 + 300 * torch.randn(12, 24, generator=generator)
+        owner = torch.randint(12, (2000,), generator=generator)
+        return centers[owner] + torch.randn(2000, 24, generator=generator)
+    if kind == "duplicates":
+        few = torch.randn(150, 24, generator=generator)
+        return few[torch.randint(150, (2000,), generator=generator)]
+    if kind == "lattice":  # a great many exact ties
+        return torch.randint(0, 3, (2000, 5), generator=generator).float()
+    return torch.eye(300)  # every distance ties
+
+
+KINDS = ["random", "clustered", "duplicates", "lattice", "equidistant"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("active", "product"), [(7, 1), (64, 1), (64, 1 << 12), (4096, 1 << 12)])
+def test_lazy_picks_are_those_of_the_naive_loop(kind, dtype, active, product, monkeypatch):
+    monkeypatch.setattr(memory, "_ACTIVE", active)
+    monkeypatch.setattr(memory, "_PRODUCT", product)
+    features = cloud(kind).to(dtype)
+    count = 220
+
+    picks = greedy_coreset(features, count, seed=1).tolist()
+
+    assert picks == naive(features, count, first=picks[0])
+
+
+def test_each_float32_pick_is_the_farthest_point_and_the_radius_is_the_naive_one():
+    features = cloud("clustered")
+    picks = greedy_coreset(features, 200).tolist()
+    for i in range(1, 200, 13):
+        distance = covering(features, picks[:i])
+        assert distance[picks[i]] >= (1 - 1e-5) * distance.amax()
+    radius = covering(features, picks).amax()
+    assert radius == pytest.approx(
+        float(covering(features, naive(features, 200, picks[0])).amax()), rel=1e-3
+    )
+
+
+def test_every_point_is_picked_once_when_all_are_asked_for():
+    features = cloud("duplicates")[:400]
+    assert sorted(greedy_coreset(features, 400).tolist()) == list(range(400))
+
+
+def test_the_seed_chooses_the_first_pick_only():
+    features = cloud("random")
+    first = {int(greedy_coreset(features, 1, seed=seed)) for seed in range(20)}
+    assert len(first) > 10
+    assert (
+        greedy_coreset(features, 9, seed=4).tolist() == greedy_coreset(features, 9, seed=4).tolist()
+    )
+
+
+def test_most_products_are_never_computed_on_features_of_low_dimension(monkeypatch):
+    computed = 0
+    product = memory._proximity
+
+    def counted(x, centers):
+        nonlocal computed
+        computed += len(x) * len(centers)
+        return product(x, centers)
+
+    monkeypatch.setattr(memory, "_proximity", counted)
+    monkeypatch.setattr(memory, "_ACTIVE", 256)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(8000, 3, generator=generator) @ torch.randn(3, 32, generator=generator)
+    greedy_coreset(features, 800)
+    assert computed < 0.8 * 8000 * 800
+
+
+@pytest.mark.parametrize("count", [0, 11])
+def test_a_coreset_larger_than_the_data_is_refused(count):
+    with pytest.raises(ValueError, match="count from 1 to N"):
+        greedy_coreset(torch.zeros(10, 2), count)
+
+
+def test_features_with_nan_are_refused():
+    features = torch.randn(50, 4)
+    features[17, 2] = torch.nan
+    with pytest.raises(ValueError, match="finite"):
+        greedy_coreset(features, 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("block_bytes", [1, 1 << 14, 1 << 25])
+def test_nearest_agrees_with_brute_force_in_float64(kind, k, block_bytes):
+    features = cloud(kind)
+    bank, queries = features[:250], features[-50:]
+
+    distances, indices = nearest(queries, bank, k, block_bytes=block_bytes)
+
+    brute = torch.cdist(
+        queries.double(), bank.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    torch.testing.assert_close(distances.double(), brute.sort(1).values[:, :k], rtol=1e-5, atol=0)
+    torch.testing.assert_close(brute.gather(1, indices), distances.double(), rtol=1e-5, atol=0)
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+def test_a_row_of_the_bank_is_at_distance_zero_from_itself():
+    bank = 1e4 + torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    distances, indices = nearest(bank, bank)
+    assert distances.eq(0).all()
+    assert indices[:, 0].tolist() == list(range(300))
+
+
+def test_nearest_takes_the_whole_bank_and_no_more():
+    bank, queries = torch.randn(6, 3), torch.randn(4, 3)
+    distances, indices = nearest(queries, bank, 6)
+    assert indices.sort(1).values.tolist() == [[0, 1, 2, 3, 4, 5]] * 4
+    assert (distances.diff(dim=1) >= 0).all()
+    with pytest.raises(ValueError, match="6 rows of the bank, got 7"):
+        nearest(queries, bank, 7)
+
+
+def test_nearest_of_no_query_is_empty():
+    distances, indices = nearest(torch.zeros(0, 3), torch.randn(6, 3), 2)
+    assert distances.shape == indices.shape == (0, 2)
+
+
+def test_queries_of_another_width_are_refused():
+    with pytest.raises(ValueError, match="must agree in E"):
+        nearest(torch.zeros(2, 3), torch.zeros(5, 4))

@@ -1,0 +1,189 @@
+"""Metrics against closed forms and scikit-learn, what is left out, and what is reused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from mean_distance import save_mean_distance
+from PIL import Image as Pillow
+from scipy.stats import binomtest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+import pipelines.score as job
+from anomaly.calibration import Calibration
+from medssl.data.preprocess import Preprocessing
+from pipelines.evaluate import evaluate
+from pipelines.score import score
+
+SIZE = (24, 32)
+PICTURES = Preprocessing(size=SIZE, intensity="range", mean=(0.0,), std=(1.0,))
+GOOD = {"000": 8, "001": 20, "002": 35, "003": 11}  # largest distance from 100 grey values
+SPOT = {"004": 30, "005": 90, "006": 60}
+THRESHOLD = 32 / 255
+
+
+def save_part(file: Path, largest: int, mask: Path | None) -> None:
+    """Noise of 0 to 3, one pixel off by `largest`; with a mask also a square of that."""
+    rng = np.random.default_rng(largest)
+    pixels = rng.integers(100, 104, SIZE).astype(np.uint8)
+    pixels[2, 3] = 100 + largest
+    if mask is not None:
+        pixels[10:16, 20:28] = 100 + largest
+        marked = np.zeros(SIZE, np.uint8)
+        marked[9:16, 20:27] = 255  # a row too many, a column too few
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Pillow.fromarray(marked).save(mask)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Pillow.fromarray(pixels).save(file)
+
+
+@pytest.fixture(autouse=True)
+def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.evaluate.REPEATS", 50)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    (folder / "train" / "good").mkdir(parents=True)
+    Pillow.fromarray(np.full(SIZE, 100, np.uint8)).save(folder / "train" / "good" / "000.png")
+    for name, largest in GOOD.items():
+        save_part(folder / "test" / "good" / f"{name}.png", largest, None)
+    for name, largest in SPOT.items():
+        mask = folder / "ground_truth" / "spot" / f"{name}_mask.png"
+        save_part(folder / "test" / "spot" / f"{name}.png", largest, mask)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path, data: Path) -> str:
+    calibration = Calibration.from_scores([THRESHOLD], [THRESHOLD], rate=0.5, method="split")
+    folder = save_mean_distance(
+        data, tmp_path / "model", PICTURES, calibration=calibration, select="split == 'train'"
+    )
+    return str(folder)
+
+
+def truth_and_maps(data: Path) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Label, |pixel - 100| / 255 and mask of every test picture, made without our code."""
+    found = []
+    for file in sorted((data / "test").rglob("*.png")):
+        values = abs(np.asarray(Pillow.open(file)).astype(float) - 100) / 255
+        mask_file = data / "ground_truth" / "spot" / f"{file.stem}_mask.png"
+        mask = np.zeros(SIZE, bool)
+        if mask_file.is_file():
+            mask = np.asarray(Pillow.open(mask_file)) > 0
+        found.append((int(mask_file.is_file()), values, mask))
+    return found
+
+
+def test_metrics_are_those_of_scikit_learn_on_the_same_numbers(data, model, tmp_path):
+    found = evaluate(data, model, tmp_path / "out")
+    truth = truth_and_maps(data)
+    labels, scores = [label for label, _, _ in truth], [values.max() for _, values, _ in truth]
+    assert found["image_auroc"]["value"] == pytest.approx(roc_auc_score(labels, scores))
+    precision = average_precision_score(labels, scores)
+    assert found["image_average_precision"]["value"] == pytest.approx(precision)
+    values = np.concatenate([values.ravel() for _, values, _ in truth])
+    marked = np.concatenate([mask.ravel() for _, _, mask in truth])
+    assert found["pixel_auroc"]["value"] == pytest.approx(roc_auc_score(marked, values), abs=1e-6)
+    for name in ("image_auroc", "image_average_precision", "pixel_auroc", "aupro"):
+        assert found[name]["low"] <= found[name]["value"] <= found[name]["high"]
+    assert found["skipped"] == {}
+    assert (found["num_normal"], found["num_anomalous"], found["num_masked"]) == (4, 3, 3)
+
+
+def test_rates_count_what_lies_above_the_threshold_with_wilsons_interval(data, model, tmp_path):
+    found = evaluate(data, model, tmp_path / "out")
+    alarms = binomtest(1, 4).proportion_ci(0.95, "wilson")  # 35 of 8, 20, 35, 11
+    hits = binomtest(2, 3).proportion_ci(0.95, "wilson")  # 90 and 60 of 30, 90, 60
+    rate, recall = found["false_alarm_rate"], found["recall"]
+    assert (rate["value"], rate["low"], rate["high"]) == (0.25, alarms.low, alarms.high)
+    assert (recall["value"], recall["low"], recall["high"]) == (2 / 3, hits.low, hits.high)
+    assert "Wilson" in found["rate_interval"]
+
+
+def test_pictures_of_one_part_widen_the_interval_and_make_it_a_bootstrap(data, model, tmp_path):
+    names = sorted(file.relative_to(data).as_posix() for file in data.rglob("*.png"))
+    parts = ["path,part", *(f"{name},{'a' if '3' in name or '2' in name else name}"
+                            for name in names)]  # fmt: skip
+    (tmp_path / "parts.csv").write_text("\n".join(parts))
+    groups = f"{tmp_path / 'parts.csv'}:part"
+    found = evaluate(data, model, tmp_path / "out", groups=groups)
+    assert "bootstrap" in found["rate_interval"]
+    assert found["num_groups"] == 6
+    assert found["false_alarm_rate"]["value"] == 0.25
+
+
+def test_training_pictures_do_not_count(data, model, tmp_path):
+    found = evaluate(data, model, tmp_path / "out")
+    assert found["items"] == 7
+    score(data, model, tmp_path / "all")  # scored with the training picture
+    again = evaluate(data, model, tmp_path / "all")
+    assert again["items"] == 8
+    assert again["image_auroc"] == found["image_auroc"]
+    assert again["num_normal"] == 4
+
+
+def test_finished_scores_are_not_made_again_but_measured(data, model, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    score(data, model, out, select="split == 'test'")
+    tables = {name: (out / name).stat().st_mtime_ns for name in job.TABLES}
+    monkeypatch.setattr(job, "Scorer", None)
+    found = evaluate(data, model, out)
+    assert {name: (out / name).stat().st_mtime_ns for name in job.TABLES} == tables
+    written = json.loads((out / "metrics.json").read_text())
+    assert written["image_auroc"] == found["image_auroc"]
+    page = (out / "report.html").read_text()
+    assert "Image AUROC" in page
+    assert f"{found['image_auroc']['value']:.3f}" in page
+    assert evaluate(data, model, out) == found
+
+
+def test_scores_forced_beyond_the_domain_are_measured_as_they_are(data, model, tmp_path):
+    score(data, model, tmp_path / "out", force=True, batch_size=3)
+    assert evaluate(data, model, tmp_path / "out")["ok"] == 8
+
+
+def test_without_masks_pixel_metrics_are_left_out_with_the_reason(data, model, tmp_path):
+    for mask in (data / "ground_truth" / "spot").iterdir():
+        mask.unlink()
+    found = evaluate(data, model, tmp_path / "out")
+    assert "pixel_auroc" not in found
+    assert "mask" in found["skipped"]["pixel metrics"]
+    assert "image_auroc" in found
+
+
+def test_normals_alone_have_a_false_alarm_rate_and_no_auroc(data, model, tmp_path):
+    found = evaluate(data, model, tmp_path / "out", select="label == 0")
+    assert found["false_alarm_rate"]["value"] == 0.25
+    assert "image_auroc" not in found
+    assert set(found["skipped"]) == {"image metrics", "recall", "pixel metrics"}
+
+
+def test_an_uncalibrated_model_has_no_rates(data, tmp_path):
+    model = save_mean_distance(data, tmp_path / "model", PICTURES, select="split == 'train'")
+    found = evaluate(data, str(model), tmp_path / "out")
+    assert "false_alarm_rate" not in found
+    assert found["skipped"]["recall"] == "the model is not calibrated"
+
+
+def test_nothing_labelled_is_an_error_that_says_what_labels_look_like(data, model, tmp_path):
+    with pytest.raises(ValueError, match="test/good"):
+        evaluate(data / "test" / "good", model, tmp_path / "out")
+
+
+def test_pixels_without_a_value_do_not_count(data, model, tmp_path):
+    out = tmp_path / "out"
+    score(data, model, out)
+    before = evaluate(data, model, out)["pixel_auroc"]["value"]
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    for row in rows:
+        values = tifffile.imread(out / row["map_path"])
+        values[2, 3] = np.nan  # the one wrong pixel outside the mask
+        values[9] = np.nan  # the one row of the mask that no defect reaches
+        tifffile.imwrite(out / row["map_path"], values)
+    after = evaluate(data, model, out)["pixel_auroc"]["value"]
+    assert before < 0.95 < after
