@@ -25,7 +25,8 @@ def aupro(maps: Iterable[Tensor], masks: Iterable[Tensor | None], fpr_limit: flo
 class PixelScores:
     """The pixels of all test items, sorted once; every normal pixel counts, of whichever item.
 
-    maps: one of any spatial shape per item, larger is more anomalous; NaN pixels are left out.
+    maps: one of any spatial shape per item, larger is more anomalous. A normal pixel that is NaN is
+        left out; an anomalous one was not looked at, and counts as missed at every threshold.
     masks: of the same shapes, non-zero on the defect; None for an item without one.
     Raises OneClassError where there is no anomalous or no normal pixel.
     """
@@ -121,9 +122,9 @@ def _split(scores: Tensor, mask: Tensor | None) -> tuple[Any, Any, Any]:
     if mask is None:
         return np.sort(values[known]), values[:0].ravel(), np.zeros(0)
     anomalous = mask.cpu().numpy() != 0
-    inside = anomalous & known
-    owner = lesions(anomalous)[0][inside]  # a lesion is what it is, also where a part is unknown
-    return np.sort(values[known & ~anomalous]), values[inside], 1 / np.bincount(owner)[owner]
+    owner = lesions(anomalous)[0][anomalous]
+    found = np.where(known, values, -np.inf)[anomalous]
+    return np.sort(values[known & ~anomalous]), found, 1 / np.bincount(owner)[owner]
 
 
 def _area(above: Any, reached: Any, limit: float) -> Any:

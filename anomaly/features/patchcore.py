@@ -32,6 +32,8 @@ class PatchCore(Detector):
     num_neighbors: size b of the neighbourhood that weighs the image score (eq. 7); 1 leaves it
         unweighted.
     sigma: of the Gaussian on the maps, in pixels (sec. 3.3).
+    standardize: divide each feature by its standard deviation over the normal patches, so that no
+        layer rules the distance by its scale alone. The paper does not.
     seed: of the first pick of the coreset.
     Differs from the paper: the coreset is chosen by exact distances, not in a random projection.
     """
@@ -44,6 +46,7 @@ class PatchCore(Detector):
         coreset_ratio: float = 0.1,
         num_neighbors: int = 9,
         sigma: float = 4.0,
+        standardize: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -58,9 +61,12 @@ class PatchCore(Detector):
         self.coreset_ratio = coreset_ratio
         self.num_neighbors = num_neighbors
         self.sigma = sigma
+        self.standardize = standardize
         self.seed = seed
-        self.register_buffer("bank_", torch.empty(0))  # (M, E)
+        self.register_buffer("bank_", torch.empty(0))  # (M, E), standardized
+        self.register_buffer("scale_", torch.empty(0))  # (E,)
         self.bank_: Tensor
+        self.scale_: Tensor
 
     def train(self, mode: bool = True) -> Self:
         """The encoder stays in evaluation mode: its statistics are part of what was fitted."""
@@ -74,9 +80,12 @@ class PatchCore(Detector):
         patches = self._collect(normal, workdir)
         if len(patches) == 0:
             raise ValueError(f"none of the {len(normal)} normal items has a valid pixel")
+        scale = _scale(patches) if self.standardize else torch.ones_like(patches[0])
+        patches /= scale
         count = max(1, int(self.coreset_ratio * len(patches)))
         chosen = greedy_coreset(patches, count, seed=self.seed)
-        self.bank_ = patches[chosen].to(next(self.encoder.parameters()).device)
+        device = next(self.encoder.parameters()).device  # large patches may lie elsewhere
+        self.bank_, self.scale_ = patches[chosen].to(device), scale.to(device)
         return self
 
     @torch.no_grad()
@@ -84,7 +93,7 @@ class PatchCore(Detector):
         """Scores and maps of pictures; an item without a valid pixel scores NaN."""
         self.check_fitted()
         images = batch.images["image"].to(self.bank_.device)
-        grid = self.patches(images.pixels)  # (B, h, w, E)
+        grid = self.patches(images.pixels) / self.scale_  # (B, h, w, E)
         valid = valid_patches(images.valid, grid.shape[1:3])
         _check_finite(grid[valid], batch.items)
         distance = torch.full(valid.shape, torch.nan, device=grid.device)
@@ -192,6 +201,12 @@ def _room(count: int, width: int, device: torch.device, workdir: Path | None) ->
         return torch.empty(count, width)
     with tempfile.NamedTemporaryFile(dir=workdir, prefix="patches.") as file:
         return torch.from_file(file.name, shared=True, size=count * width).reshape(count, width)
+
+
+def _scale(patches: Tensor) -> Tensor:
+    """Standard deviation of each feature over (N, E) patches; 1 for one that never changes."""
+    scale = patches.std(0, correction=0)
+    return torch.where(scale > 1e-6 * patches.abs().amax(), scale, 1.0)
 
 
 def _check_finite(features: Tensor, items: Sequence[str]) -> None:

@@ -51,7 +51,8 @@ def test_a_score_is_the_distance_of_the_farthest_patch_mean_to_the_normal_ones()
 
 def test_the_image_score_is_weighed_as_in_equation_7():
     detector = of_pixels(num_neighbors=3)
-    detector.register_buffer("bank_", torch.tensor([[10.0], [9.5], [9.0], [7.3], [4.9]]))
+    detector.bank_ = torch.tensor([[10.0], [9.5], [9.0], [7.3], [4.9]])
+    detector.scale_ = torch.ones(1)
 
     found = detector.predict(noise_batch(torch.full((1, 1, 8, 8), 11.0), "HW")).score
 
@@ -64,7 +65,7 @@ def test_the_image_score_is_weighed_as_in_equation_7():
 
 def test_one_normal_patch_leaves_the_score_unweighted():
     detector = of_pixels(num_neighbors=9)
-    detector.register_buffer("bank_", torch.zeros(1, 1))
+    detector.bank_, detector.scale_ = torch.zeros(1, 1), torch.ones(1)
     found = detector.predict(noise_batch(torch.full((1, 1, 8, 8), 4.0), "HW")).score
     torch.testing.assert_close(found, torch.tensor([4.0]))
 
@@ -215,3 +216,16 @@ def test_an_encoder_folder_is_loaded(tmp_path):
     loaded = PatchCore(folder, layers=["layer1", "layer2"])
     images = torch.randn(1, 1, 64, 64)
     assert loaded.patches(images).equal(detector.patches(images))
+
+
+def test_standardized_distances_do_not_depend_on_the_scale_of_a_layer():
+    pictures = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    batch = noise_batch(5 * pictures[:1, None], "HW")
+    plain, scaled = (of_pixels(layers=["0", "1"], standardize=True) for _ in range(2))
+    fine = scaled.encoder.network[0].weight
+    expected = fitted(plain, pictures).predict(batch).score
+    with torch.no_grad():
+        fine *= 1000  # both layers grow, as the second stands on the first
+    torch.testing.assert_close(fitted(scaled, pictures).predict(batch).score, expected)
+    raw = fitted(of_pixels(layers=["0", "1"]), pictures).predict(batch).score
+    assert not torch.isclose(raw, expected)
