@@ -24,16 +24,22 @@ def smooth(maps: Tensor, sigma: float) -> Tensor:
         raise ValueError(f"sigma must not be negative, got {sigma}")
     if sigma == 0:
         return maps
-    radius = int(4 * sigma + 0.5)
-    offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
-    kernel = torch.exp(-0.5 * (offsets / sigma).square())
-    across = (kernel / kernel.sum()).reshape(1, 1, 1, -1)
+    row = _gaussian(sigma, maps).reshape(1, 1, 1, -1)
+    radius = row.numel() // 2
 
     def blur(values: Tensor) -> Tensor:
-        values = F.conv2d(values, across, padding=(0, radius))
-        return F.conv2d(values, across.mT, padding=(radius, 0))
+        values = F.conv2d(values, row, padding=(0, radius))
+        return F.conv2d(values, row.mT, padding=(radius, 0))
 
     return torch.where(maps.isnan(), maps, _weighted(maps, blur))
+
+
+def smooth_across(maps: Tensor, sigma: float) -> Tensor:
+    """As `smooth`, along D only. maps: (B, D, H, W); sigma: in slices."""
+    column = _gaussian(sigma, maps).reshape(1, 1, -1, 1)
+    lines = maps.flatten(2)  # (B, D, H W)
+    smoothed = _weighted(lines, lambda v: F.conv2d(v, column, padding=(column.numel() // 2, 0)))
+    return torch.where(lines.isnan(), lines, smoothed).reshape(maps.shape)
 
 
 def valid_patches(valid: Tensor, grid: Sequence[int]) -> Tensor:
@@ -44,6 +50,14 @@ def valid_patches(valid: Tensor, grid: Sequence[int]) -> Tensor:
 def outside_is_nan(maps: Tensor, valid: Tensor) -> Tensor:
     """The maps with NaN wherever `valid`, of the same shape, is False."""
     return torch.where(valid, maps, torch.nan)
+
+
+def _gaussian(sigma: float, like: Tensor) -> Tensor:
+    """Weights of sum 1 out to four standard deviations, (2 r + 1,)."""
+    radius = int(4 * sigma + 0.5)
+    offsets = torch.arange(-radius, radius + 1, dtype=like.dtype, device=like.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma).square())
+    return kernel / kernel.sum()
 
 
 def _weighted(values: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:

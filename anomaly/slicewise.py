@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anomaly.base import AnomalyMap, Detector, NormalData
+from anomaly.maps import smooth_across
 from medssl.data.image import Image
 from medssl.data.sample import Batch, ImageBatch, Sample
 
@@ -25,6 +26,9 @@ class Slicewise(Detector):
     detector: takes images with axes HW.
     aggregation: "max" makes the largest slice score that of the volume; "top_mean" the mean of
         its `num_top` largest.
+    across: sigma, in slices, of a Gaussian on the maps from slice to slice. A lesion spans slices
+        and noise does not; then the largest smoothed value of a slice is its score. 0 leaves the
+        maps and scores of the slices as the 2D detector gave them.
     """
 
     axes = "DHW"
@@ -35,6 +39,7 @@ class Slicewise(Detector):
         *,
         aggregation: Literal["max", "top_mean"] = "max",
         num_top: int = 3,
+        across: float = 0.0,
     ) -> None:
         super().__init__()
         if detector.axes != "HW":
@@ -47,6 +52,7 @@ class Slicewise(Detector):
         self.detector = detector
         self.aggregation = aggregation
         self.num_top = num_top
+        self.across = across
 
     def fit(self, normal: NormalData, *, workdir: Path | None = None) -> Self:
         """Fit the detector on the slices of all volumes; needs each volume twice, in order."""
@@ -72,6 +78,10 @@ class Slicewise(Detector):
                 pixels = found.maps["image"]
                 assert isinstance(pixels, Tensor)
                 maps[i, depths, : pixels.shape[1], : pixels.shape[2]] = pixels.cpu()
+        if self.across > 0:
+            maps = smooth_across(maps, self.across)
+            scores = maps.flatten(2).nan_to_num(-torch.inf).amax(2)
+            scores = scores.masked_fill(scores == -torch.inf, torch.nan)
         return AnomalyMap(score=self._aggregate(scores), maps={"image": maps})
 
     def _aggregate(self, scores: Tensor) -> Tensor:

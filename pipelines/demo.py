@@ -116,9 +116,9 @@ def encoder() -> Encoder:
 def detector(features: Encoder | Path) -> Slicewise:
     """The demo's detector over an encoder or an encoder folder."""
     patches = PatchCore(
-        features, layers=["layer1", "layer2"], coreset_ratio=0.02, sigma=2.0, standardize=True
+        features, layers=["layer1", "layer2"], coreset_ratio=0.02, sigma=4.0, whiten=True
     )
-    return Slicewise(patches, aggregation="top_mean", num_top=3)
+    return Slicewise(patches, aggregation="top_mean", num_top=3, across=1.0)
 
 
 def _make_room(out: Path) -> None:

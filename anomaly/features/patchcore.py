@@ -19,6 +19,8 @@ from medssl.data.sample import Batch, Sample
 from medssl.models.encoder import Encoder, frozen
 from medssl.models.folder import load_encoder
 
+_BLOCK = 1 << 16  # patches at a time
+_FLAT = 1e-4
 _MEMORY_SHARE = 0.25  # training patches larger than this share of the memory go to `workdir`
 
 
@@ -32,8 +34,8 @@ class PatchCore(Detector):
     num_neighbors: size b of the neighbourhood that weighs the image score (eq. 7); 1 leaves it
         unweighted.
     sigma: of the Gaussian on the maps, in pixels (sec. 3.3).
-    standardize: divide each feature by its standard deviation over the normal patches, so that no
-        layer rules the distance by its scale alone. The paper does not.
+    whiten: decorrelate the features over the normal patches and compare their directions only, so
+        that the distance does not follow the contrast of a patch. The paper does not.
     seed: of the first pick of the coreset.
     Differs from the paper: the coreset is chosen by exact distances, not in a random projection.
     """
@@ -46,7 +48,7 @@ class PatchCore(Detector):
         coreset_ratio: float = 0.1,
         num_neighbors: int = 9,
         sigma: float = 4.0,
-        standardize: bool = False,
+        whiten: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -61,12 +63,14 @@ class PatchCore(Detector):
         self.coreset_ratio = coreset_ratio
         self.num_neighbors = num_neighbors
         self.sigma = sigma
-        self.standardize = standardize
+        self.whiten = whiten
         self.seed = seed
-        self.register_buffer("bank_", torch.empty(0))  # (M, E), standardized
-        self.register_buffer("scale_", torch.empty(0))  # (E,)
+        self.register_buffer("bank_", torch.empty(0))  # (M, E), as `_comparable` gives them
+        self.register_buffer("mean_", torch.empty(0))  # (E,) of the normal patches
+        self.register_buffer("whitening_", torch.empty(0))  # (E, E), symmetric
         self.bank_: Tensor
-        self.scale_: Tensor
+        self.mean_: Tensor
+        self.whitening_: Tensor
 
     def train(self, mode: bool = True) -> Self:
         """The encoder stays in evaluation mode: its statistics are part of what was fitted."""
@@ -80,12 +84,16 @@ class PatchCore(Detector):
         patches = self._collect(normal, workdir)
         if len(patches) == 0:
             raise ValueError(f"none of the {len(normal)} normal items has a valid pixel")
-        scale = _scale(patches) if self.standardize else torch.ones_like(patches[0])
-        patches /= scale
+        device = next(self.encoder.parameters()).device  # large patches may lie elsewhere
+        self.mean_, self.whitening_ = torch.zeros(1, device=device), torch.ones(1, 1, device=device)
+        if self.whiten:
+            mean, whitening = _whitening(patches)
+            self.mean_, self.whitening_ = mean.to(device), whitening.to(device)
+            for block in patches.split(_BLOCK):  # views: the patches are held once
+                block.copy_(self._comparable(block.to(device)))
         count = max(1, int(self.coreset_ratio * len(patches)))
         chosen = greedy_coreset(patches, count, seed=self.seed)
-        device = next(self.encoder.parameters()).device  # large patches may lie elsewhere
-        self.bank_, self.scale_ = patches[chosen].to(device), scale.to(device)
+        self.bank_ = patches[chosen].to(device)
         return self
 
     @torch.no_grad()
@@ -93,7 +101,7 @@ class PatchCore(Detector):
         """Scores and maps of pictures; an item without a valid pixel scores NaN."""
         self.check_fitted()
         images = batch.images["image"].to(self.bank_.device)
-        grid = self.patches(images.pixels) / self.scale_  # (B, h, w, E)
+        grid = self._comparable(self.patches(images.pixels))  # (B, h, w, E)
         valid = valid_patches(images.valid, grid.shape[1:3])
         _check_finite(grid[valid], batch.items)
         distance = torch.full(valid.shape, torch.nan, device=grid.device)
@@ -126,6 +134,12 @@ class PatchCore(Detector):
         grid = features[0].shape[-2:]
         features[1:] = [F.interpolate(each, grid, mode="bilinear") for each in features[1:]]
         return torch.cat(features, dim=1).movedim(1, -1)
+
+    def _comparable(self, patches: Tensor) -> Tensor:
+        """Patches (..., E) as the bank holds them."""
+        if not self.whiten:
+            return patches
+        return F.normalize((patches - self.mean_) @ self.whitening_, dim=-1)
 
     def _collect(self, normal: NormalData, workdir: Path | None) -> Tensor:
         """Every valid patch of the normal items, (N, E), held once."""
@@ -203,10 +217,20 @@ def _room(count: int, width: int, device: torch.device, workdir: Path | None) ->
         return torch.from_file(file.name, shared=True, size=count * width).reshape(count, width)
 
 
-def _scale(patches: Tensor) -> Tensor:
-    """Standard deviation of each feature over (N, E) patches; 1 for one that never changes."""
-    scale = patches.std(0, correction=0)
-    return torch.where(scale > 1e-6 * patches.abs().amax(), scale, 1.0)
+def _whitening(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (E,), and the symmetric (E, E) that gives (N, E) patches unit covariance.
+
+    Directions with less than `_FLAT` of the largest variance are not blown up further.
+    """
+    mean = patches.mean(0, dtype=torch.float64)
+    width = patches.shape[1]
+    covariance = torch.zeros(width, width, dtype=torch.float64, device=patches.device)
+    for block in patches.split(_BLOCK):
+        centered = block.double() - mean
+        covariance += centered.mT @ centered / len(patches)
+    variance, direction = torch.linalg.eigh(covariance)
+    variance = variance.clamp_min(_FLAT * float(variance.max()) + 1e-30)
+    return mean.float(), ((direction / variance.sqrt()) @ direction.mT).float()
 
 
 def _check_finite(features: Tensor, items: Sequence[str]) -> None:

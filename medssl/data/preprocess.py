@@ -31,9 +31,9 @@ class Preprocessing:
     channels: 1 keeps or makes grey; 3 repeats grey; None keeps what the source has.
     mean, std: subtracted and divided after the intensity step, one per channel or one for all.
     plane: volumes are turned so that the last two axes are this plane and D runs across it.
-    region: what is looked at; the rest becomes invalid: it is set to the low end of the intensities,
-        takes no part in fitting, and has no anomaly map. "intracranial" is what the skull encloses
-        in a head CT (see `medssl.data.region`).
+    region: what is looked at; the rest becomes invalid: set to the low end of the intensities, not
+        fitted, and without a map. "intracranial" is what the skull encloses in a head CT (see
+        `medssl.data.region`).
     """
 
     size: tuple[int, int]

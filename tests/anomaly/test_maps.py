@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
-from anomaly.maps import outside_is_nan, smooth, upsample, valid_patches
+from anomaly.maps import outside_is_nan, smooth, smooth_across, upsample, valid_patches
 
 
 def test_a_ramp_of_patches_becomes_a_ramp_of_pixels():
@@ -64,3 +64,19 @@ def test_outside_of_valid_is_nan_and_inside_is_untouched():
     marked = outside_is_nan(maps, valid)
     assert marked.isnan().equal(~valid)
     assert marked[valid].equal(maps[valid])
+
+
+def test_smoothing_across_slices_is_scipys_over_the_pixels_that_are_not_nan():
+    generator = torch.Generator().manual_seed(3)
+    maps = torch.rand(2, 7, 4, 5, generator=generator)
+    maps[0, 2, 1, 1] = torch.nan
+    maps[1, 5:] = torch.nan
+    known = (~maps.isnan()).double().numpy()
+    filled = maps.nan_to_num(0).double().numpy()
+    both = [
+        gaussian_filter1d(each, 1.2, axis=1, mode="constant", truncate=4)
+        for each in (filled, known)
+    ]
+    expected = np.where(known > 0, both[0] / np.maximum(both[1], 1e-9), np.nan)
+    found = smooth_across(maps, 1.2)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ def test_a_score_is_the_distance_of_the_farthest_patch_mean_to_the_normal_ones()
 def test_the_image_score_is_weighed_as_in_equation_7():
     detector = of_pixels(num_neighbors=3)
     detector.bank_ = torch.tensor([[10.0], [9.5], [9.0], [7.3], [4.9]])
-    detector.scale_ = torch.ones(1)
+    detector.mean_, detector.whitening_ = torch.zeros(1), torch.ones(1, 1)
 
     found = detector.predict(noise_batch(torch.full((1, 1, 8, 8), 11.0), "HW")).score
 
@@ -65,7 +66,8 @@ def test_the_image_score_is_weighed_as_in_equation_7():
 
 def test_one_normal_patch_leaves_the_score_unweighted():
     detector = of_pixels(num_neighbors=9)
-    detector.bank_, detector.scale_ = torch.zeros(1, 1), torch.ones(1)
+    detector.bank_ = torch.zeros(1, 1)
+    detector.mean_, detector.whitening_ = torch.zeros(1), torch.ones(1, 1)
     found = detector.predict(noise_batch(torch.full((1, 1, 8, 8), 4.0), "HW")).score
     torch.testing.assert_close(found, torch.tensor([4.0]))
 
@@ -218,14 +220,34 @@ def test_an_encoder_folder_is_loaded(tmp_path):
     assert loaded.patches(images).equal(detector.patches(images))
 
 
-def test_standardized_distances_do_not_depend_on_the_scale_of_a_layer():
+def test_whitened_normal_patches_have_unit_covariance():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.tensor([[3.0, 1.0, 0.0], [0.0, 0.1, 0.5], [0.0, 0.0, 1.0]])
+    patches = torch.randn(5000, 3, generator=generator) @ mixing + 7
+    mean, whitening = patchcore._whitening(patches)
+    white = ((patches - mean) @ whitening).numpy()
+    np.testing.assert_allclose(np.cov(white.T, bias=True), np.eye(3), atol=1e-3)
+    np.testing.assert_allclose(white.mean(0), 0, atol=1e-4)
+
+
+def test_whitened_scores_are_chords_between_directions():
+    pictures = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    detector = fitted(of_pixels(layers=["0", "1"], whiten=True), pictures)
+    batch = noise_batch(5 * pictures[:1, None], "HW")
+    white = (detector.patches(batch.images["image"].pixels) - detector.mean_) @ detector.whitening_
+    direction = F.normalize(white, dim=-1).flatten(1, 2)[0]
+    cosine = (direction @ detector.bank_.T).amax(1)
+    expected = (2 - 2 * cosine).clamp_min(0).sqrt().max()
+    found = detector.predict(batch).score
+    torch.testing.assert_close(found, expected[None], atol=1e-4, rtol=1e-4)
+
+
+def test_whitened_distances_do_not_depend_on_the_scale_of_the_features():
     pictures = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
     batch = noise_batch(5 * pictures[:1, None], "HW")
-    plain, scaled = (of_pixels(layers=["0", "1"], standardize=True) for _ in range(2))
-    fine = scaled.encoder.network[0].weight
+    plain, scaled = (of_pixels(layers=["0", "1"], whiten=True) for _ in range(2))
     expected = fitted(plain, pictures).predict(batch).score
     with torch.no_grad():
-        fine *= 1000  # both layers grow, as the second stands on the first
-    torch.testing.assert_close(fitted(scaled, pictures).predict(batch).score, expected)
-    raw = fitted(of_pixels(layers=["0", "1"]), pictures).predict(batch).score
-    assert not torch.isclose(raw, expected)
+        scaled.encoder.network[0].weight *= 1000  # the second layer stands on the first
+    found = fitted(scaled, pictures).predict(batch).score
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
