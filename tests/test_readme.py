@@ -15,8 +15,9 @@ RUN_ELSEWHERE = {"make demo", "make test"}
 
 def blocks(language: str) -> list[str]:
     """Code blocks of the README in a language, "" for shell."""
-    text = (ROOT / "README.md").read_text()
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    pieces = re.split(r"^```(.*)\n", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    opening = zip(pieces[1::4], pieces[2::4], strict=True)  # language, code, "", prose, ...
+    return [code for found, code in opening if found == language]
 
 
 def commands() -> list[str]:
