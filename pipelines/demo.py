@@ -34,7 +34,7 @@ PREPARE = Preprocessing(
     size=(96, 96), intensity="window", window_hu=(35.0, 60.0), channels=1, region="intracranial"
 )
 PLAN = TrainingPlan(
-    total_samples=8_000,
+    total_samples=16_000,
     batch_size=32,
     learning_rate=2e-3,
     warmup_samples=500,
@@ -116,7 +116,7 @@ def encoder() -> Encoder:
 def detector(features: Encoder | Path) -> Slicewise:
     """The demo's detector over an encoder or an encoder folder."""
     patches = PatchCore(
-        features, layers=["layer1", "layer2"], coreset_ratio=0.02, sigma=4.0, whiten=True
+        features, layers=["layer1", "layer2"], coreset_ratio=0.1, sigma=4.0, whiten=True
     )
     return Slicewise(patches, aggregation="top_mean", num_top=3, across=1.0)
 
