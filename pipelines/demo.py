@@ -30,6 +30,7 @@ from pipelines.pretrain import pretrain
 
 NAME = "demo-head-ct"
 RATE = 0.05
+NUM_HELD_OUT = 60
 PREPARE = Preprocessing(
     size=(96, 96), intensity="window", window_hu=(35.0, 60.0), channels=1, region="intracranial"
 )
@@ -55,10 +56,10 @@ def demo(out: Path = Path("demo"), *, seed: int = 0) -> dict[str, Any]:
     """
     started = time.perf_counter()
     _make_room(out)
-    data = out / "scans"
+    data, held_out = out / "scans", out / "held_out"
     seconds: dict[str, float] = {}
     with _timed("scans", seconds):
-        _write_scans(data)
+        _write_scans(data, held_out)
     with _timed("pretrain", seconds):
         torch.manual_seed(seed)
         pretrain(data, objective(), out / "encoder", preprocessing=PREPARE, plan=PLAN, seed=seed)
@@ -67,6 +68,7 @@ def demo(out: Path = Path("demo"), *, seed: int = 0) -> dict[str, Any]:
             data,
             detector(out / "encoder"),
             out / "model",
+            calibration=held_out,
             rate=RATE,
             register=NAME,
             batch_size=4,
@@ -76,7 +78,7 @@ def demo(out: Path = Path("demo"), *, seed: int = 0) -> dict[str, Any]:
         model = f"models:/{NAME}/{fitted['registered']}"
         found = evaluate(data, model, out / "results", seed=seed)
     with _timed("baselines", seconds):
-        baselines = _baselines(data, out, seed)
+        baselines = _baselines(data, held_out, out, seed)
     result = {
         **{name: found[name] for name in ("image_auroc", "aupro", "false_alarm_rate", "recall")},
         "target_false_alarm_rate": RATE,
@@ -130,14 +132,23 @@ def _make_room(out: Path) -> None:
     (out / _MARK).touch()
 
 
-def _write_scans(data: Path) -> None:
-    seeds = (TRAIN_SEEDS, TEST_NORMAL_SEEDS, TEST_LESION_SEEDS)
-    with progress(sum(map(len, seeds)), "making head-CT phantoms") as bar:
+def _write_scans(data: Path, held_out: Path) -> None:
+    """The study, and normals for the threshold that not even pretraining sees."""
+    fitted, calibrating = TRAIN_SEEDS[:-NUM_HELD_OUT], TRAIN_SEEDS[-NUM_HELD_OUT:]
+    total = sum(map(len, (TRAIN_SEEDS, TEST_NORMAL_SEEDS, TEST_LESION_SEEDS)))
+    with progress(total, "making head-CT phantoms") as bar:
         write_head_ct_study(
             data,
-            train=TRAIN_SEEDS,
+            train=fitted,
             test_normal=TEST_NORMAL_SEEDS,
             test_lesion=TEST_LESION_SEEDS,
+            written=lambda: bar.advance(1),
+        )
+        write_head_ct_study(
+            held_out,
+            train=calibrating,
+            test_normal=(),
+            test_lesion=(),
             written=lambda: bar.advance(1),
         )
 
@@ -156,7 +167,7 @@ def _expected(calibration: int, tested: int) -> dict[str, float]:
     return {"low": low, "high": high}
 
 
-def _baselines(data: Path, out: Path, seed: int) -> dict[str, dict[str, float]]:
+def _baselines(data: Path, held_out: Path, out: Path, seed: int) -> dict[str, dict[str, float]]:
     """Image AUROC of what must be beaten, each with its bootstrap interval."""
     found = _intensity_baselines(build_manifest(data), seed)
     untrained = out / "untrained"
@@ -166,6 +177,7 @@ def _baselines(data: Path, out: Path, seed: int) -> dict[str, dict[str, float]]:
         detector(encoder()),
         untrained / "model",
         preprocessing=PREPARE,
+        calibration=held_out,
         rate=RATE,
         batch_size=4,
         seed=seed,

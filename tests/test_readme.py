@@ -45,6 +45,7 @@ def workplace(tmp_path, real_data, monkeypatch):
     )
     shutil.move(tmp_path / "made" / "train" / "good", tmp_path / "SCANS")
     shutil.move(tmp_path / "made" / "test", tmp_path / "NEW")
+    write_head_ct_study(tmp_path / "HELD_OUT", train=range(24, 44), test_normal=(), test_lesion=())
     shutil.copytree(real_data / "industrial-cookies" / "cookie", tmp_path / "parts")
     scratch = tmp_path / "parts" / "test" / "scratch"
     (tmp_path / "parts" / "test" / "broken").rename(scratch)

@@ -17,6 +17,7 @@ from pipelines.demo import demo
 def small(monkeypatch):
     """The demo with a few heads of the development seeds and a few steps."""
     monkeypatch.setattr(demo_module, "TRAIN_SEEDS", range(44))
+    monkeypatch.setattr(demo_module, "NUM_HELD_OUT", 20)
     monkeypatch.setattr(demo_module, "TEST_NORMAL_SEEDS", range(100, 106))
     monkeypatch.setattr(demo_module, "TEST_LESION_SEEDS", range(1_000, 1_006))
     plan = demo_module.TrainingPlan(total_samples=64, batch_size=32, learning_rate=1e-3)
