@@ -7,12 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def upsample(patches: Tensor, size: Sequence[int]) -> Tensor:
+def upsample(
+    patches: Tensor, size: Sequence[int], *, offset: Sequence[float] | Tensor = (0.0, 0.0)
+) -> Tensor:
     """Patch scores (B, h, w) to pixels (B, H, W), bilinear between the patches that are not NaN.
 
+    offset: how far the patches look beside the middle of their cells, in pixels (row, column);
+        see `medssl.models.alignment.grid_offset`. Beyond the outermost patches these go on.
     A pixel all of whose neighbouring patches are NaN becomes NaN.
     """
-    return _weighted(patches, lambda values: F.interpolate(values, tuple(size), mode="bilinear"))
+    row, column = (2 * float(pixels) / length for pixels, length in zip(offset, size, strict=True))
+    theta = patches.new_tensor([[1, 0, -column], [0, 1, -row]]).expand(len(patches), 2, 3)
+    places = F.affine_grid(theta, [len(patches), 1, *size], align_corners=False)
+
+    def interpolate(values: Tensor) -> Tensor:
+        return F.grid_sample(values, places, padding_mode="border", align_corners=False)
+
+    return _weighted(patches, interpolate)
 
 
 def smooth(maps: Tensor, sigma: float) -> Tensor:

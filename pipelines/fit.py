@@ -21,11 +21,12 @@ from medssl.data.manifest import Item, Manifest, NoDataError, build_manifest, lo
 from medssl.data.preprocess import Preprocessing
 from medssl.data.readers.errors import ReadError
 from medssl.data.sample import Sample
-from medssl.models.encoder import Encoder
+from medssl.models.encoder import Encoder, seen_by_encoders
 from medssl.models.folder import digest, save_model, selftest_noise
 from pipelines import record
 from pipelines.card import detector_card
 from pipelines.console import Progress, progress, say
+from pipelines.device import choose_device
 from pipelines.normals import Goal, Plan, account, make_plan, normal_items, num_groups
 from pipelines.scoring import Scorer
 
@@ -53,7 +54,8 @@ def fit(
     """Fit a detector on the normal images of a folder, calibrate it, save and record it.
 
     Of a folder with train and test sides only normal training images are used, of any other all
-    that are not labelled anomalous. Images of the test side are never opened.
+    that are not labelled anomalous. Images of the test side are never opened. Images that the
+    encoder was pretrained on are fitted on, and never calibrate: it finds them too normal.
 
     Args:
         data: a folder, a file, or a manifest written by `medssl manifest`.
@@ -76,7 +78,7 @@ def fit(
     arguments = dict(locals())
     check_out(out)
     preprocessing = choose_preprocessing(detector, preprocessing)
-    detector.to(_device(device))
+    detector.to(choose_device(device))
     manifest = build_manifest(data, groups=groups)
     normals = normal_items(manifest, select=select, max_train=max_train, seed=seed)
     apart = build_manifest(calibration, groups=groups) if isinstance(calibration, Path) else None
@@ -140,6 +142,7 @@ class _Work:
     """One detector and its normals: what was read, fitted and scored, and what failed.
 
     items: the usable normals. hashes: their pixel hashes by item. domain: learnt from them.
+    seen: what the detector's encoder was pretrained on.
     """
 
     def __init__(
@@ -154,6 +157,7 @@ class _Work:
     ) -> None:
         self.manifest, self.detector, self.out = manifest, detector, out
         self.preprocessing, self.batch_size, self.seed = preprocessing, batch_size, seed
+        self.seen = seen_by_encoders(detector)
         self.errors: list[dict[str, str]] = []
         self.seconds: dict[str, float] = {}
         self.items: list[Item] = []
@@ -238,7 +242,8 @@ class _Work:
 def _fit(work: _Work, goal: Goal, apart: Manifest | None) -> dict[str, Any]:
     work.read()
     if apart is None:
-        plan = make_plan(work.items, work.hashes, goal, seed=work.seed)
+        _tell_seen(work)
+        plan = make_plan(work.items, work.hashes, goal, seen=work.seen, seed=work.seed)
         count = len(work.items)
     else:
         plan = Plan(fitted=work.items, scored=_read_apart(work, apart))
@@ -270,7 +275,8 @@ def _fit(work: _Work, goal: Goal, apart: Manifest | None) -> dict[str, Any]:
 def _read_apart(work: _Work, manifest: Manifest) -> list[Item]:
     """The usable calibration normals; raises ValueError where the detector will have seen one."""
     groups = {item.group for item in work.items if item.group is not None}
-    seen, usable, copies, related = set(work.hashes.values()), [], 0, 0
+    fitted, usable = set(work.hashes.values()), []
+    copies, related, pretrained = 0, 0, 0
     normals = normal_items(manifest)
     with progress(len(normals), "reading calibration normals") as bar:
         for item in normals:
@@ -280,14 +286,16 @@ def _read_apart(work: _Work, manifest: Manifest) -> list[Item]:
                 work.failed(item, error)
             else:
                 usable.append(item)
-                copies += image.provenance["pixel_sha256"] in seen
+                copies += image.provenance["pixel_sha256"] in fitted
                 related += item.group in groups
+                pretrained += work.seen.knows(item, image.provenance["pixel_sha256"])
             bar.advance(1)
-    if copies or related:
+    if copies or related or pretrained:
         raise ValueError(
             f"calibration normals must be new to the detector: {copies} of {len(normals)} have the "
-            f"same pixels as a normal to fit on, and {related} are of the same patient or part; "
-            "take them out of one of the two"
+            f"same pixels as a normal to fit on, {related} are of the same patient or part, and "
+            f"{pretrained} were seen when its encoder was pretrained; take them out of one of the "
+            "two"
         )
     return usable
 
@@ -311,7 +319,7 @@ def _calibrated(work: _Work, plan: Plan, goal: Goal, manifest: Manifest) -> Cali
         [maximum for _, maximum in pairs],
         rate=goal.rate,
         method=goal.method,
-        fitted_on=(work.hashes[item.item] for item in plan.fitted),
+        fitted_on=work.seen.pixels | {work.hashes[item.item] for item in plan.fitted},
         num_groups=num_groups(plan.calibrating),
     )
 
@@ -341,6 +349,16 @@ def _save(work: _Work, plan: Plan, calibration: Calibration) -> None:
     )
 
 
+def _tell_seen(work: _Work) -> None:
+    count = sum(work.seen.knows(item, work.hashes[item.item]) for item in work.items)
+    if count:
+        say(
+            f"{count} of the {len(work.items)} normal images, or others of their patients or "
+            "parts, were seen when the encoder was pretrained and cannot calibrate; keep some out "
+            "of pretraining, or give new ones with --calibration PATH"
+        )
+
+
 def _check_axes(image: Image, detector: Detector) -> None:
     if image.axes != detector.axes:
         advice = "; wrap it in anomaly.slicewise.Slicewise" if image.axes == "DHW" else ""
@@ -356,19 +374,6 @@ def _largest(values: Image) -> float:
     if len(known) == 0:
         raise ValueError("its anomaly map has no value anywhere")
     return float(known.max())
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"no such GPU: {name}; this machine has {count}. Take auto or cpu")
-    return device
 
 
 def _tell(result: Mapping[str, Any], goal: Goal) -> None:

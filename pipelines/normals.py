@@ -8,6 +8,7 @@ import torch
 
 from anomaly.calibration import Method, required_normals
 from medssl.data.manifest import Item, Manifest, NoDataError
+from medssl.data.seen import Seen
 from medssl.data.split import folds_by_group, split_by_group
 
 HELD_OUT = 0.3
@@ -127,16 +128,20 @@ class Goal:
         )
 
 
-def make_plan(items: Sequence[Item], hashes: Mapping[str, str], goal: Goal, *, seed: int) -> Plan:
+def make_plan(
+    items: Sequence[Item], hashes: Mapping[str, str], goal: Goal, *, seen: Seen, seed: int
+) -> Plan:
     """Split or fold whole patients or parts; hold nothing out where that would not do.
 
     hashes: pixel hash by item; a copy of a fitted picture calibrates nothing.
+    seen: what the encoder was pretrained on, which calibrates nothing either.
     """
+    new = [item for item in items if not seen.knows(item, hashes[item.item])]
     plan = Plan(fitted=items)
     if goal.method == "split":
-        plan = _split(items, hashes, goal.needed, seed)
+        plan = _split(items, new, hashes, goal.needed, seed)
     elif goal.method == "cross":
-        plan = Plan(fitted=items, folds=_folds(items, hashes, seed))
+        plan = Plan(fitted=items, folds=_folds(items, new, hashes, seed))
     return plan if len(plan.calibrating) >= goal.needed else Plan(fitted=items)
 
 
@@ -145,11 +150,17 @@ def num_groups(items: Sequence[Item]) -> int:
     return len({item.group or f"item {item.item}" for item in items})
 
 
-def _split(items: Sequence[Item], hashes: Mapping[str, str], needed: int, seed: int) -> Plan:
-    """The smallest share from 30 % to a half that reaches the rate; half must stay."""
-    shares = [needed / len(items), *(HELD_OUT + 0.02 * step for step in range(11))]
-    for share in sorted(share for share in shares if HELD_OUT <= share <= 0.5):
-        fitted, held_out = split_by_group(items, share, seed)
+def _split(
+    items: Sequence[Item], new: Sequence[Item], hashes: Mapping[str, str], needed: int, seed: int
+) -> Plan:
+    """The smallest share of `new`, from 30 % on, that reaches the rate; half of all must stay."""
+    if len(new) < needed:
+        return Plan(fitted=items)
+    shares = [needed / len(new), *(HELD_OUT + 0.02 * step for step in range(36))]
+    for share in sorted(share for share in shares if HELD_OUT <= share <= 1):
+        held_out = split_by_group(new, share, seed)[1] if share < 1 else new
+        names = {item.item for item in held_out}
+        fitted = [item for item in items if item.item not in names]
         scored = _unseen(held_out, fitted, hashes)
         if len(scored) >= needed and 2 * len(fitted) >= len(items):
             return Plan(fitted=fitted, scored=scored)
@@ -157,16 +168,18 @@ def _split(items: Sequence[Item], hashes: Mapping[str, str], needed: int, seed: 
 
 
 def _folds(
-    items: Sequence[Item], hashes: Mapping[str, str], seed: int
+    items: Sequence[Item], new: Sequence[Item], hashes: Mapping[str, str], seed: int
 ) -> list[tuple[list[Item], list[Item]]]:
     count = min(FOLDS, num_groups(items))
     if count < 2:
         return []
+    names = {item.item for item in new}
     folds = []
     for fold in folds_by_group(items, count, seed):
-        names = {item.item for item in fold}
-        fitted = [item for item in items if item.item not in names]
-        folds.append((fitted, _unseen(fold, fitted, hashes)))
+        held_out = {item.item for item in fold}
+        fitted = [item for item in items if item.item not in held_out]
+        candidates = [item for item in fold if item.item in names]
+        folds.append((fitted, _unseen(candidates, fitted, hashes)))
     return folds
 
 

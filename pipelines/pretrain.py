@@ -1,17 +1,21 @@
 """Unlabelled images -> an encoder folder."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+from torch.utils.data import Subset
 
 from medssl.data.dataset import PreparedSamples
 from medssl.data.domain import learn_domain
 from medssl.data.image import Image
-from medssl.data.manifest import Item, Manifest, NoDataError, build_manifest, load_sample
+from medssl.data.manifest import Item, Manifest, NoDataError, build_manifest
 from medssl.data.preprocess import Preprocessing
 from medssl.data.readers.errors import ReadError
-from medssl.models.encoder import Encoder
+from medssl.data.sample import Sample
+from medssl.data.seen import Seen
+from medssl.models.encoder import Encoder, seen_by_encoders
 from medssl.models.folder import save_model, selftest_noise
 from medssl.objectives.base import Objective
 from medssl.training import Report, TrainingPlan, train
@@ -66,11 +70,12 @@ def pretrain(
     work = _work_folder(out)
     with recorded("pretrain", arguments) as run:
         run.manifest(manifest)
-        items, domain, failed = _readable(manifest, items)
+        samples = PreparedSamples(manifest, items, preprocessing, hashes=True)
+        rows, domain = _readable(samples)
         with progress(plan.clock(plan.steps).total_samples, "pretraining") as bar:
             result = train(
                 objective,
-                PreparedSamples(manifest, items, preprocessing),
+                cast(Sequence[Sample], Subset(cast(Any, samples), rows)),
                 plan,
                 workdir=work,
                 resume=resume,
@@ -81,11 +86,14 @@ def pretrain(
                 identity={"data": manifest.digest, "preprocessing": str(preprocessing)},
                 on_step=_show(bar),
             )
-        result |= {"images": len(items), "encoder": None, "failed": failed}
+        failed = len(items) - len(rows)
+        result |= {"images": len(rows), "encoder": None, "failed": failed}
         _tell(run, result)
         if result["finished"]:
             card = _card(objective, plan, manifest, result)
-            result["encoder"] = _save(out, objective, preprocessing, domain, card)
+            seen = Seen.of((items[row] for row in rows), samples.pixel_hashes)
+            seen |= seen_by_encoders(objective)
+            result["encoder"] = _save(out, objective, preprocessing, domain, card, seen)
             run.artifact(out)
             shutil.rmtree(work)
     return result if result["finished"] else {**result, "failed": failed + 1}
@@ -97,6 +105,7 @@ def _save(
     preprocessing: Preprocessing,
     domain: dict[str, Any],
     card: str,
+    seen: Seen,
 ) -> Path:
     encoder = objective.export()["image"].cpu()
     assert isinstance(encoder, Encoder)
@@ -110,6 +119,7 @@ def _save(
         domain=domain,
         card=card,
         noise=noise,
+        files={"seen.json": seen.to_dict()},
     )
 
 
@@ -187,29 +197,32 @@ def _chosen(
     return manifest, items
 
 
-def _readable(manifest: Manifest, items: list[Item]) -> tuple[list[Item], dict[str, Any], int]:
-    """The items that can be read, their domain, and how many cannot; each of those is named."""
-    kept: list[Item] = []
+def _readable(samples: PreparedSamples) -> tuple[list[int], dict[str, Any]]:
+    """The rows that can be read, and their domain; every other one is named."""
+    rows: list[int] = []
+    raw: list[Sample] = []
 
     def images() -> Iterator[Image]:
-        for item in items:
+        for row in range(len(samples)):
             bar.advance(1)
             try:
-                image = load_sample(manifest, item).images["image"]
+                samples[row]
             except ReadError as error:
                 say(f"left out: {error}")
                 continue
-            kept.append(item)
-            yield image
+            rows.append(row)
+            yield raw.pop().images["image"]
 
-    with progress(len(items), "reading") as bar:
+    samples.on_read = raw.append
+    with progress(len(samples), "reading") as bar:
         try:
             domain = learn_domain(images())
         except ValueError:
-            if not kept:
-                raise NoDataError(f"none of the {len(items)} images can be read") from None
+            if not rows:
+                raise NoDataError(f"none of the {len(samples)} images can be read") from None
             raise
-    return kept, domain, len(items) - len(kept)
+    samples.on_read = None  # what did not fit into memory is read again, and not watched
+    return rows, domain
 
 
 def _show(bar: Progress) -> Callable[[Report], None]:

@@ -17,6 +17,7 @@ from medssl.data.image import Image
 from medssl.data.preprocess import Preprocessing
 from medssl.data.sample import Sample, collate
 from medssl.models.folder import ModelFolderError, SavedModel, load_model
+from pipelines.device import choose_device
 
 
 class OutsideDomainError(ValueError):
@@ -99,9 +100,7 @@ class Scorer:
         calibration: Calibration | None,
         device: str | torch.device,
     ) -> None:
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = choose_device(str(device))
         self.model = model.to(self.device).eval()
         self.preprocessing = preprocessing
         self.domain = domain

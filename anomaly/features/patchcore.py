@@ -16,6 +16,7 @@ from anomaly.memory import greedy_coreset, nearest
 from medssl.data.image import Image, pixel_affine
 from medssl.data.modality import Modality
 from medssl.data.sample import Batch, Sample
+from medssl.models.alignment import grid_offset
 from medssl.models.encoder import Encoder, frozen
 from medssl.models.folder import load_encoder
 
@@ -37,7 +38,8 @@ class PatchCore(Detector):
     whiten: decorrelate the features over the normal patches and compare their directions only, so
         that the distance does not follow the contrast of a patch. The paper does not.
     seed: of the first pick of the coreset.
-    Differs from the paper: the coreset is chosen by exact distances, not in a random projection.
+    Differs from the paper: the coreset is chosen by exact distances, not in a random projection;
+    a map is laid where the first layer's units look, not up to half a stride beside it.
     """
 
     def __init__(
@@ -68,9 +70,11 @@ class PatchCore(Detector):
         self.register_buffer("bank_", torch.empty(0))  # (M, E), as `_comparable` gives them
         self.register_buffer("mean_", torch.empty(0))  # (E,) of the normal patches
         self.register_buffer("whitening_", torch.empty(0))  # (E, E), symmetric
+        self.register_buffer("offset_", torch.empty(0))  # (2,) of the patches, in pixels
         self.bank_: Tensor
         self.mean_: Tensor
         self.whitening_: Tensor
+        self.offset_: Tensor
 
     def train(self, mode: bool = True) -> Self:
         """The encoder stays in evaluation mode: its statistics are part of what was fitted."""
@@ -109,7 +113,8 @@ class PatchCore(Detector):
         near, row = nearest(grid[valid], self.bank_)
         distance[valid], owner[valid] = near[:, 0], row[:, 0]
 
-        maps = smooth(upsample(distance, images.valid.shape[1:]), self.sigma)
+        maps = upsample(distance, images.valid.shape[1:], offset=self.offset_)
+        maps = smooth(maps, self.sigma)
         return AnomalyMap(
             score=self._image_scores(grid, distance, owner),
             maps={"image": outside_is_nan(maps, images.valid)},
@@ -154,6 +159,7 @@ class PatchCore(Detector):
             _check_finite(found, batch.items)
             if store is None:
                 size = images.valid.shape[1:]
+                self.offset_ = grid_offset(self.encoder, self.layers[0], (size[0], size[1]))
                 store = _room(len(normal) * valid[0].numel(), found.shape[1], device, workdir)
             if images.valid.shape[1:] != size:
                 raise ValueError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from medssl.data.preprocess import Preprocessing
+from medssl.data.seen import Seen
 
 
 class _ReachedError(Exception):
@@ -18,7 +19,8 @@ class Encoder(nn.Module):
     """Images to embeddings, and to feature maps of named layers.
 
     A subclass sets `network`, `in_channels` and `embedding_dim` and gives `forward`.
-    `preprocessing` is what the encoder was trained with, None where nobody said.
+    `preprocessing` is what the encoder was trained with, None where nobody said; `seen` is what it
+    was pretrained on, as far as its folder tells.
     """
 
     born_from: ClassVar[frozenset[str]] = frozenset()
@@ -28,6 +30,7 @@ class Encoder(nn.Module):
     in_channels: int
     embedding_dim: int
     preprocessing: Preprocessing | None = None
+    seen: Seen = Seen()
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, C, H, W), preprocessed. Returns the pooled embedding (B, E)."""
@@ -93,11 +96,20 @@ def _keep(found: dict[str, Tensor], name: str, wanted: int):  # type: ignore[no-
 
 
 def frozen(encoder: Encoder) -> Encoder:
-    """The encoder in evaluation mode, without gradients."""
-    encoder.eval()
+    """The encoder in evaluation mode, without gradients, its convolutions laid out for speed."""
+    encoder.eval().to(memory_format=torch.channels_last)
     for parameter in encoder.parameters():
         parameter.requires_grad_(False)
     return encoder
+
+
+def seen_by_encoders(model: nn.Module) -> Seen:
+    """What the encoders inside a model were pretrained on, as far as their folders told."""
+    seen = Seen()
+    for module in model.modules():
+        if isinstance(module, Encoder):
+            seen |= module.seen
+    return seen
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@
     selftest.json        what generated noise must score
     card.md              for people
     calibration.json     written by calibration, where there is one
+    seen.json            hashes of what an encoder was pretrained on
 
 Loading never unpickles and imports classes of trusted packages only.
 """
@@ -28,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medssl.data.preprocess import Preprocessing
+from medssl.data.seen import Seen
 from medssl.models.encoder import Encoder
 
 Kind = Literal["encoder", "detector", "probe"]
@@ -127,6 +129,8 @@ def load_model(path: Path, *, kind: Kind | None = None, trust: Sequence[str] = (
     prepared = Preprocessing.from_dict(preprocessing)
     if isinstance(model, Encoder):
         model.preprocessing = prepared
+        if (path / "seen.json").is_file():
+            model.seen = Seen.from_dict(_read_json(path / "seen.json"))
     _check_selftest(model, _read_json(path / "selftest.json"), path.name)
     return SavedModel(
         model=model,

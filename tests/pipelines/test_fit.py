@@ -11,6 +11,7 @@ from anomaly.base import AnomalyMap, Detector
 from anomaly.calibration import conformal_threshold
 from medssl.data.manifest import NoDataError, build_manifest, load_sample
 from medssl.data.preprocess import Preprocessing
+from medssl.data.seen import Seen
 from medssl.models.timm_encoder import TimmEncoder
 from pipelines.fit import fit
 
@@ -188,6 +189,71 @@ def test_calibration_normals_of_a_fitted_patient_are_refused(tmp_path):
             calibration=tmp_path / "more",
             groups="groups.csv:patient",
         )
+
+
+class Pretrained(MeanDetector):
+    """With an encoder inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = TimmEncoder("test_resnet", in_channels=1)
+
+
+def pretrained_on(data, count, **options):
+    """A detector whose encoder has seen the first pictures of a folder."""
+    manifest = build_manifest(data, **options)
+    items = (manifest.where(split="train").images or manifest.images)[:count]
+    hashes = {
+        item.item: load_sample(manifest, item, hashes=True).images["image"].provenance
+        for item in items
+    }
+    detector = Pretrained()
+    hashes = {name: found["pixel_sha256"] for name, found in hashes.items()}
+    detector.encoder.seen = Seen.of(items, hashes)
+    return detector, [item.item for item in items]
+
+
+@pytest.mark.parametrize("calibration", ["split", "cross"])
+def test_what_the_encoder_was_pretrained_on_is_fitted_on_and_never_calibrates(
+    folder, tmp_path, capsys, calibration
+):
+    detector, seen = pretrained_on(folder, 20)
+    level = levels(folder)
+    _, result, saved = fitted(folder, tmp_path, detector, calibration=calibration)
+    assert "20 of the 40 normal images" in capsys.readouterr().out
+    assert result["calibrated"]
+    assert result["num_calibration"] == {"split": 19, "cross": 20}[calibration]
+    fits = detector.fits if calibration == "split" else detector.fits[:-1]
+    scores = []
+    for fit_items in fits:
+        mean = np.mean([level[item] for item in fit_items])
+        scores += [abs(level[i] - mean) for i in level if i not in seen and i not in fit_items]
+    assert saved["scores"] == pytest.approx(sorted(scores), abs=1e-6)
+    assert set(saved["fitted_on"]) >= detector.encoder.seen.pixels
+
+
+def test_an_encoder_that_has_seen_every_normal_leaves_nothing_to_calibrate_with(folder, tmp_path):
+    detector, _ = pretrained_on(folder, 40)
+    _, result, saved = fitted(folder, tmp_path, detector)
+    assert (result["calibrated"], result["num_fitted"]) == (False, 40)
+    assert saved["scores"] == []
+
+
+def test_calibration_normals_that_the_encoder_was_pretrained_on_are_refused(folder, tmp_path):
+    greys(tmp_path / "more", range(60, 80))
+    detector, _ = pretrained_on(tmp_path / "more", 4)
+    with pytest.raises(ValueError, match="4 were seen when its encoder was pretrained"):
+        fitted(folder, tmp_path, detector, calibration=tmp_path / "more")
+
+
+def test_another_picture_of_a_pretrained_patient_never_calibrates(tmp_path):
+    greys(tmp_path / "data", range(100, 160))
+    rows = [f"{i:03d}.png,patient{i // 3}" for i in range(60)]
+    (tmp_path / "data" / "groups.csv").write_text("\n".join(["path,patient", *rows]))
+    detector, _ = pretrained_on(tmp_path / "data", 31, groups="groups.csv:patient")
+    _, result, _ = fitted(tmp_path / "data", tmp_path, detector, groups="groups.csv:patient")
+    assert result["num_calibration"] <= 60 - 33  # the other two pictures of the 11th patient
+    assert result["calibrated"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from medssl.data.augment import Augmentation
-from medssl.data.manifest import NoDataError, build_manifest
+from medssl.data.manifest import NoDataError, build_manifest, load_sample
 from medssl.data.preprocess import Preprocessing
 from medssl.models.folder import load_encoder, load_model
 from medssl.models.timm_encoder import TimmEncoder
@@ -28,7 +28,7 @@ PLAN = TrainingPlan(total_samples=12, batch_size=4)
 
 def write_pictures(folder: Path, count: int = 6) -> Path:
     folder.mkdir(parents=True)
-    noise = np.random.default_rng(0).integers(0, 255, (count, 40, 48), dtype=np.uint8)
+    noise = np.random.default_rng(count).integers(0, 255, (count, 40, 48), dtype=np.uint8)
     for number, pixels in enumerate(noise):
         PIL.Image.fromarray(pixels).save(folder / f"{number}.png")
     return folder
@@ -67,6 +67,22 @@ def test_the_folder_holds_the_trained_teacher_its_preprocessing_and_its_domain(t
     assert any(
         not torch.equal(start[key], value) for key, value in saved.model.state_dict().items()
     )
+
+
+def test_the_folder_remembers_what_was_seen_also_by_the_training_before(tmp_path: Path):
+    first, second = write_pictures(tmp_path / "a", 6), write_pictures(tmp_path / "b", 8)
+    run(first, tmp_path / "one")
+    run(second, tmp_path / "two", objective=dino(tmp_path / "one"))
+    once, twice = (load_encoder(tmp_path / name).seen for name in ("one", "two"))
+    manifest = build_manifest(first)
+    hashes = {
+        load_sample(manifest, item, hashes=True).images["image"].provenance["pixel_sha256"]
+        for item in manifest.images
+    }
+    assert once.pixels == hashes
+    assert len(hashes) == 6
+    assert once.pixels < twice.pixels
+    assert len(twice.pixels) == 14
 
 
 def test_test_images_are_not_used_and_a_broken_one_is_named(tmp_path: Path, capsys):

@@ -54,6 +54,7 @@ def test_the_image_score_is_weighed_as_in_equation_7():
     detector = of_pixels(num_neighbors=3)
     detector.bank_ = torch.tensor([[10.0], [9.5], [9.0], [7.3], [4.9]])
     detector.mean_, detector.whitening_ = torch.zeros(1), torch.ones(1, 1)
+    detector.offset_ = torch.zeros(2)
 
     found = detector.predict(noise_batch(torch.full((1, 1, 8, 8), 11.0), "HW")).score
 
@@ -68,6 +69,7 @@ def test_one_normal_patch_leaves_the_score_unweighted():
     detector = of_pixels(num_neighbors=9)
     detector.bank_ = torch.zeros(1, 1)
     detector.mean_, detector.whitening_ = torch.zeros(1), torch.ones(1, 1)
+    detector.offset_ = torch.zeros(2)
     found = detector.predict(noise_batch(torch.full((1, 1, 8, 8), 4.0), "HW")).score
     torch.testing.assert_close(found, torch.tensor([4.0]))
 
@@ -156,6 +158,32 @@ def test_a_raised_disk_scores_above_every_normal_and_is_where_the_map_is_largest
         row, column = divmod(int(values.nan_to_num(-1).argmax()), values.shape[1])
         assert 22 <= row < 42
         assert 22 <= column < 42
+
+
+class Strided(Pixels):
+    """A network whose units look at the first pixel of each cell of 4 x 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Conv2d(1, 1, 3, stride=2, padding=1), nn.Conv2d(1, 1, 3, stride=2, padding=1)
+        )
+        for convolution in self.network:
+            nn.init.zeros_(convolution.bias)
+            nn.init.constant_(convolution.weight, 1 / 9)
+
+
+@pytest.mark.parametrize(("row", "column"), [(24, 24), (24, 33), (38, 27)])
+def test_the_map_of_a_strided_network_lies_where_its_units_look(row, column):
+    detector = PatchCore(Strided(), layers=["1"], coreset_ratio=1.0, num_neighbors=1, sigma=0.0)
+    fitted(detector, torch.zeros(1, 64, 64))
+    picture = torch.zeros(1, 64, 64)
+    picture[0, row, column] = 9.0
+    found = detector.predict(noise_batch(picture[:, None], "HW")).maps["image"][0]
+    place = torch.arange(64.0)
+    share = found / found.sum()
+    centre = [float(share.sum(1) @ place), float(share.sum(0) @ place)]
+    np.testing.assert_allclose(centre, [row, column], atol=1.0)  # a quarter of a unit's stride
 
 
 def test_training_mode_leaves_the_encoder_in_evaluation_mode():
