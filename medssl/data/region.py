@@ -13,16 +13,16 @@ Mask = npt.NDArray[np.bool_]
 _BONE_HU = 150.0
 _SEAM = 2  # pixels; gaps of the skull up to twice this are closed
 _RIM = 2  # pixels next to the skull, which bone still brightens
-_SHARE = 0.6  # of the largest cross-section that a slice must have
+_SHARE = 0.5  # of the largest cross-section that a slice must have
 
 
 def intracranial(image: Image) -> Tensor:
     """What the skull encloses in an axial head CT: (*spatial axes) bool.
 
     In each slice, the pixels that bone (above 150 HU) surrounds, without a rim of two pixels;
-    calcifications inside belong to it. The largest such region is kept, in 3D, and of it the slices
-    with at least 0.6 of its largest cross-section: the skull base, where the skull is open, and the
-    vertex, where most of a slice is rim, are left out.
+    calcifications inside belong to it. The largest such region is kept, in 3D, and of it the
+    slices with at least half of its largest cross-section: the skull base, where the skull is
+    open, and the vertex, where most of a slice is rim, are left out.
     Raises ValueError for other modalities, because the threshold is in HU.
     """
     from scipy import ndimage

@@ -64,6 +64,24 @@ def test_fewer_slices_than_the_top_are_all_taken():
     assert top.predict(next(normal.batches())).score.tolist() == [3.0]
 
 
+def test_a_share_of_a_volumes_own_level_is_taken_off_its_map_and_score():
+    generator = torch.Generator().manual_seed(0)
+    volumes = [
+        volume(level + torch.rand(d, 5, 6, generator=generator)) for level, d in [(0, 4), (7, 2)]
+    ]
+    plain = Slicewise(Brightness(), num_top=2, aggregation="top_mean").fit(NormalData(volumes))
+    half = Slicewise(Brightness(), num_top=2, aggregation="top_mean", relative=0.5)
+    batch = collate(volumes)
+    before, after = plain.predict(batch), half.fit(NormalData(volumes)).predict(batch)
+    for i, sample in enumerate(volumes):
+        pixels = sample.images["image"].pixels[0]
+        level = 0.5 * pixels.mean()
+        torch.testing.assert_close(after.maps["image"][i, : len(pixels)], pixels - level)
+        torch.testing.assert_close(after.score[i], before.score[i] - level)
+    with pytest.raises(ValueError, match="relative must lie"):
+        Slicewise(Brightness(), relative=1.5)
+
+
 def test_the_map_lies_slice_by_slice_on_the_volume():
     generator = torch.Generator().manual_seed(0)
     volumes = [

@@ -250,12 +250,20 @@ def test_an_encoder_folder_is_loaded(tmp_path):
 
 def test_whitened_normal_patches_have_unit_covariance():
     generator = torch.Generator().manual_seed(0)
-    mixing = torch.tensor([[3.0, 1.0, 0.0], [0.0, 0.1, 0.5], [0.0, 0.0, 1.0]])
+    mixing = torch.tensor([[3.0, 1.0, 0.0], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]])
     patches = torch.randn(5000, 3, generator=generator) @ mixing + 7
     mean, whitening = patchcore._whitening(patches)
     white = ((patches - mean) @ whitening).numpy()
     np.testing.assert_allclose(np.cov(white.T, bias=True), np.eye(3), atol=1e-3)
     np.testing.assert_allclose(white.mean(0), 0, atol=1e-4)
+
+
+def test_directions_with_little_variance_are_not_blown_up():
+    deviation = torch.tensor([10.0, 2.0, 0.5])  # the last has a 400th of the largest variance
+    patches = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0)) * deviation
+    mean, whitening = patchcore._whitening(patches)
+    white = (patches - mean) @ whitening
+    torch.testing.assert_close(white.std(0), torch.tensor([1.0, 1.0, 0.5]), atol=0.02, rtol=0)
 
 
 def test_whitened_scores_are_chords_between_directions():
