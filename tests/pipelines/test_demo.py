@@ -5,12 +5,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
 from medssl.data.geometry import corners
 from medssl.data.manifest import build_manifest
 from medssl.data.readers.any import read_image
+from medssl.models.folder import describe
 from pipelines import demo as demo_module
 from pipelines.demo import demo
+from pipelines.fit import fit
+from pipelines.pretrain import pretrain
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -50,6 +56,27 @@ def check_maps_lie_on_their_sources(rows, out):
         assert (corners(home) - corners(source)).abs().max() < 1e-3  # mm
         stored = nib.load(out / row["map_path"])
         assert stored.get_data_dtype() == np.float32
+
+
+def test_the_configs_for_ct_are_the_settings_of_the_demo():
+    pretraining = arguments(pretrain, "configs/pretrain/dino_ct.yaml", {"data", "out"})
+    assert pretraining["preprocessing"] == demo_module.PREPARE
+    assert pretraining["plan"] == demo_module.PLAN
+    assert describe(pretraining["objective"]) == describe(demo_module.objective())
+    fitting = arguments(fit, "configs/fit/patchcore_ct.yaml", {"data", "out"})
+    mine = describe(demo_module.detector(demo_module.encoder()))
+    config = describe(fitting["detector"])
+    for described in (mine, config):  # the encoder's folder takes the place of the one named there
+        del described["init_args"]["detector"]["init_args"]["encoder"]
+    assert config == mine
+    assert fitting["rate"] == demo_module.RATE
+
+
+def arguments(job, config, skip):
+    """What a config makes of a job's arguments."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(job, skip=skip, as_group=False)
+    return vars(parser.instantiate(parser.parse_path(ROOT / config)))
 
 
 def test_a_folder_that_no_demo_made_is_left_alone(tmp_path):
