@@ -84,10 +84,10 @@ def _nifti(entry: Entry) -> dict[str, Any]:
 def _dicom(entry: Entry) -> Iterator[dict[str, Any]]:
     """One row per volume; the manifest knows volumes of one series UID and folder as one item."""
     from medssl.data.readers.dicom import scan
-    from medssl.data.readers.dicom_header import read_header
+    from medssl.data.readers.dicom_header import read_headers
 
     if entry.series is None:  # only its name says DICOM
-        read_header(entry.path)
+        read_headers(entry.path)
         raise ReadError("the file is named as DICOM and does not begin like it; copy it again")
     found = [entry.series]
     if entry.path.is_dir():

@@ -207,11 +207,12 @@ def _readable(samples: PreparedSamples) -> tuple[list[int], dict[str, Any]]:
             bar.advance(1)
             try:
                 samples[row]
-            except ReadError as error:
+            except (ReadError, ValueError) as error:
                 say(f"left out: {error}")
-                continue
-            rows.append(row)
-            yield raw.pop().images["image"]
+            else:
+                rows.append(row)
+                yield raw[-1].images["image"]
+            raw.clear()
 
     samples.on_read = raw.append
     with progress(len(samples), "reading") as bar:

@@ -7,7 +7,8 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from medssl.data.readers.any import Kind, sniff
-from medssl.data.readers.dicom import Series, scan
+from medssl.data.readers.dicom import scan
+from medssl.data.readers.dicom_series import Series
 from medssl.data.readers.errors import ReadError
 
 SUFFIXES: dict[str, Kind] = {

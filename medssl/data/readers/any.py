@@ -20,6 +20,8 @@ def sniff(path: Path) -> Kind | None:
         files = (file for file in sorted(path.rglob("*")) if file.is_file())
         return "dicom" if any(sniff(file) == "dicom" for file in files) else None
     start = nifti_start(path)
+    if start[128:132] == b"DICM":  # a preamble may begin like a TIFF, for other programs
+        return "dicom"
     if start.startswith((PNG, JPEG)) or is_tiff(start):
         return "picture"
     if is_nifti(start):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.data.modality import Modality, from_dicom
+from medssl.data.readers.dicom_frames import STACK, TAGS, Frame, frames, kind_of, transformation
 from medssl.data.readers.errors import (
     CorruptFileError,
     InconsistentGeometryError,
@@ -26,6 +27,8 @@ _TAGS = [
     "SpecificCharacterSet",
     "SOPClassUID",
     "SOPInstanceUID",
+    "InstanceNumber",
+    "NumberOfTemporalPositions",
     "Modality",
     "ImageType",
     "StudyInstanceUID",
@@ -46,23 +49,31 @@ _TAGS = [
     "RescaleType",
     "RescaleSlope",
     "RescaleIntercept",
-    "SharedFunctionalGroupsSequence",
+    *TAGS,
+    *STACK,
 ]
-_STACK = ["EchoTime", "AcquisitionNumber", "TemporalPositionIdentifier", "DiffusionBValue"]
+_COMPONENTS = frozenset(
+    {"M", "P", "R", "I", "MAGNITUDE", "PHASE", "REAL", "IMAGINARY", "PHASE MAP", "ADC", "FA"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """One image object's header; numbers as written, None where absent.
+    """One frame of an image object, by its header; numbers as written, None where absent.
 
     orientation: direction cosines (LPS) of a row, then of a column. position: mm (LPS) of the
         first pixel. pixel_spacing: mm between rows, then between columns.
     localizer: a scout, which is never part of a volume.
-    stack: values that tell volumes of one series apart (echo time, acquisition, time, b-value).
+    component: what was computed from the signal (magnitude, phase, ...); one volume has one.
+    instance_number: of this object in its series, a label that nobody guarantees.
+    num_times: how many volumes over time the series announces.
+    frame, tile, stack, taken_s, cine_s: as of `dicom_frames.Frame`.
     problem: why the pixels of this object cannot be read, known from the header alone.
     """
 
     path: Path = field(repr=False)
+    frame: int
+    tile: tuple[int, int] | None
     instance_uid: str = field(repr=False)
     series_uid: str = field(repr=False)
     study_uid: str = field(repr=False)
@@ -76,7 +87,12 @@ class Header:
     pixel_spacing: tuple[float, ...] | None
     thickness: float | None
     localizer: bool
+    component: frozenset[str]
+    instance_number: int | None
+    num_times: int | None
     stack: tuple[str, ...]
+    taken_s: float | None
+    cine_s: float | None
     problem: ReadError | None
 
 
@@ -94,7 +110,7 @@ def parse(source: Path | io.BytesIO, *, header_only: bool) -> Any:
     """pydicom's dataset. Raises NotDicomError and CorruptFileError."""
     import pydicom
 
-    tags = _TAGS + _STACK if header_only else None
+    tags: Any = _TAGS if header_only else None
     with decoding("the DICOM header"):
         dataset = pydicom.dcmread(
             source, force=True, stop_before_pixels=header_only, specific_tags=tags
@@ -124,13 +140,25 @@ def quiet() -> Iterator[None]:
 
 @quiet()
 @decoding("the DICOM header")
-def read_header(path: Path) -> Header | None:
-    """The header of an image object; None for objects without an image (reports, plans, ...)."""
+def read_headers(path: Path, *, any_object: bool = False) -> list[Header]:
+    """The frames of an image object; none for objects without an image (reports, plans, ...).
+
+    any_object: pixels of any kind are an image, also those of segmentations and doses.
+    """
     dataset = parse(path, header_only=True)
     code = str(dataset.get("Modality", "") or "")
-    if code in _NOT_IMAGES or "Rows" not in dataset:
-        return None
-    return _header(path, dataset, code)
+    if "Rows" not in dataset or (code in _NOT_IMAGES and not any_object):
+        return []
+    try:
+        found, problem = frames(dataset), None
+    except ReadError as error:
+        found, problem = [_NO_FRAME], error
+    return [_header(path, dataset, code, frame, problem) for frame in found]
+
+
+_NO_FRAME = Frame(
+    orientation=None, position=None, spacing=None, thickness=None, stack=("",), taken_s=None
+)
 
 
 def is_quantitative(dataset: Any) -> bool:
@@ -138,69 +166,58 @@ def is_quantitative(dataset: Any) -> bool:
     return from_dicom(str(dataset.get("Modality", "") or "")) in QUANTITATIVE
 
 
-def _header(path: Path, dataset: Any, code: str) -> Header:
-    color = int(dataset.get("SamplesPerPixel", 1) or 1) > 1
-    modality = from_dicom(code)
-    imager = _floats(dataset, "ImagerPixelSpacing", 2)
+def is_color(dataset: Any) -> bool:
+    """Whether a pixel has three values, as stored or through a palette."""
+    palette = dataset.get("PhotometricInterpretation") == "PALETTE COLOR"
+    return palette or int(dataset.get("SamplesPerPixel", 1) or 1) > 1
+
+
+def _header(path: Path, dataset: Any, code: str, frame: Frame, problem: ReadError | None) -> Header:
+    color, modality, kind = is_color(dataset), from_dicom(code), kind_of(dataset)
     return Header(
         path=path,
+        frame=frame.index,
+        tile=frame.tile,
         instance_uid=str(dataset.get("SOPInstanceUID", "")),
         series_uid=str(dataset.get("SeriesInstanceUID", "")),
         study_uid=str(dataset.get("StudyInstanceUID", "")),
         patient_id=str(dataset.get("PatientID", "") or ""),
         modality=Modality.OTHER if color and modality in QUANTITATIVE else modality,
-        shape=(int(dataset.Rows), int(dataset.Columns)),
+        shape=frame.tile or (int(dataset.Rows), int(dataset.Columns)),
         color=color,
         transfer_syntax=str(dataset.file_meta.TransferSyntaxUID.name),
-        orientation=_floats(dataset, "ImageOrientationPatient", 6),
-        position=_floats(dataset, "ImagePositionPatient", 3),
-        pixel_spacing=_floats(dataset, "PixelSpacing", 2) or imager,
-        thickness=next(iter(_floats(dataset, "SliceThickness", 1) or ()), None),
-        localizer="LOCALIZER" in _kind(dataset),
-        stack=tuple(str(dataset.get(name, "")) for name in _STACK),
-        problem=_problem(dataset, modality, color),
+        orientation=frame.orientation,
+        position=frame.position,
+        pixel_spacing=frame.spacing,
+        thickness=frame.thickness,
+        localizer="LOCALIZER" in kind,
+        component=_COMPONENTS.intersection(kind[2:]),
+        instance_number=_whole(dataset, "InstanceNumber"),
+        num_times=_whole(dataset, "NumberOfTemporalPositions"),
+        stack=frame.stack,
+        taken_s=frame.taken_s,
+        cine_s=frame.cine_s,
+        problem=problem or _problem(dataset, modality, frame),
     )
 
 
-def _problem(dataset: Any, modality: Modality, color: bool) -> ReadError | None:
-    if (
-        int(dataset.get("NumberOfFrames", 1) or 1) > 1
-        or "SharedFunctionalGroupsSequence" in dataset
-    ):
-        return UnsupportedFormatError(
-            "multi-frame and enhanced DICOM are not supported yet; convert it to one slice per file"
-        )
-    if "MOSAIC" in _kind(dataset):
-        return UnsupportedFormatError(
-            "a mosaic holds a whole volume in tiles and is not supported yet; convert it to NIfTI"
-        )
-    if dataset.get("ModalityLUTSequence"):
-        return UnsupportedFormatError("a Modality LUT sequence is not supported yet")
-    unit = str(dataset.get("RescaleType", "") or "HU").upper()
-    if modality is Modality.CT and not color:
+def _problem(dataset: Any, modality: Modality, frame: Frame) -> ReadError | None:
+    rescale = transformation(dataset, frame.index)
+    unit = str(rescale.get("RescaleType", "") or "HU").upper()
+    if modality is Modality.CT and not is_color(dataset) and not dataset.get("ModalityLUTSequence"):
         if unit not in ("HU", "US"):
             return UnsupportedFormatError("a CT whose rescale type is not HU is not supported")
-        if dataset.get("RescaleSlope") is None or dataset.get("RescaleIntercept") is None:
+        if rescale.get("RescaleSlope") is None or rescale.get("RescaleIntercept") is None:
             return UnsupportedFormatError(
                 "a CT without rescale slope and intercept has no Hounsfield units"
             )
-    if ("ImagePositionPatient" in dataset) != ("ImageOrientationPatient" in dataset):
+    if (frame.position is None) != (frame.orientation is None):
         return InconsistentGeometryError(
             "the header has only one of image position and image orientation; correct it"
         )
     return None
 
 
-def _kind(dataset: Any) -> list[str]:
-    value = dataset.get("ImageType") or ()
-    return [part.upper() for part in ([value] if isinstance(value, str) else value)]
-
-
-def _floats(dataset: Any, name: str, count: int) -> tuple[float, ...] | None:
+def _whole(dataset: Any, name: str) -> int | None:
     value = dataset.get(name)
-    if value is None or value == "":
-        return None
-    values = tuple(float(part) for part in (value if count > 1 else [value]))
-    if len(values) != count:
-        raise ValueError(f"{name} needs {count} numbers, got {len(values)}")
-    return values
+    return None if value is None or value == "" else int(value)

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from medssl.data.readers.dicom_frames import transformation
 from medssl.data.readers.dicom_header import Header, is_quantitative, parse, quiet
 from medssl.data.readers.errors import (
     DuplicateSlicesError,
@@ -30,6 +32,8 @@ from medssl.data.readers.stored import (
 _PLUGINS = ("pyjpegls", "pylibjpeg", "pillow", "pydicom", "gdcm")
 """The first that serves decodes; gdcm is last because it ends the process over damaged JPEG-LS."""
 
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_PALETTES = ("RedPaletteColorLookupTableDescriptor", "PaletteColorLookupTableUID")
 _COLORS = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"})
 
 
@@ -52,6 +56,11 @@ class Slice:
 
     def write(self, out: NDArray[np.float32]) -> None:
         """Fill `out`, of the shape of `stored`, with the values in the modality's unit."""
+        if self.stored.dtype.itemsize > 2:  # float32 would round before the rescale
+            values = self.stored.astype(np.float64)
+            values = values if self.mirror is None else self.mirror - values
+            np.copyto(out, values * self.slope + self.intercept, casting="same_kind")
+            return
         np.copyto(out, self.stored, casting="same_kind")
         if self.mirror is not None:
             np.subtract(np.float32(self.mirror), out, out=out)
@@ -66,46 +75,109 @@ class Slice:
         return mine == theirs and np.array_equal(self.stored, other.stored)
 
 
-def read_slice(dataset: Any) -> Slice:
-    """Decode one image object; MONOCHROME1 is to be inverted unless the values measure something.
+class OpenObject:
+    """One image object, parsed once; a frame is decoded when it is asked for.
 
     Raises TruncatedPixelDataError, MissingDecoderError, NoPixelDataError and
     UnsupportedPhotometricError, and whatever pydicom and the decoders raise over damaged bytes.
     """
-    photometric = str(dataset.get("PhotometricInterpretation", ""))
-    if photometric in _COLORS:
-        stored = np.ascontiguousarray(_decoded(dataset).transpose(2, 0, 1))
-        return Slice(stored=stored, value_range=(0.0, 2.0 ** int(dataset.BitsStored) - 1))
-    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise UnsupportedPhotometricError(
-            "only grey, RGB and YBR pixels are supported, not palettes or other color spaces; "
-            "convert it first"
+
+    def __init__(self, content: bytes) -> None:
+        self.dataset = parse(io.BytesIO(content), header_only=False)
+        self._sheet: NDArray | None = None  # of a mosaic
+
+    def slice(self, frame: int, tile: tuple[int, int] | None = None) -> Slice:
+        """A frame, or a tile of the only one.
+
+        MONOCHROME1 is to be inverted unless the values measure something.
+        """
+        dataset = self.dataset
+        photometric = str(dataset.get("PhotometricInterpretation", ""))
+        stored = self._tile(frame, tile) if tile else _decoded(dataset, frame)
+        if photometric == "PALETTE COLOR":
+            return _with_palette(dataset, stored)
+        if photometric in _COLORS:
+            return _color_slice(stored, int(dataset.BitsStored))
+        if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+            raise UnsupportedPhotometricError(
+                "only grey, palette, RGB and YBR pixels are supported; convert it first"
+            )
+        if dataset.get("ModalityLUTSequence"):
+            return _with_modality_lut(dataset, stored)
+        low, high = _stored_range(dataset, stored)
+        rescale = transformation(dataset, frame)
+        slope = _number(rescale, "RescaleSlope", 1.0)
+        intercept = _number(rescale, "RescaleIntercept", 0.0)
+        ends = sorted((low * slope + intercept, high * slope + intercept))
+        inverted = photometric == "MONOCHROME1" and not is_quantitative(dataset)
+        return Slice(
+            stored=stored,
+            slope=slope,
+            intercept=intercept,
+            mirror=low + high if inverted else None,
+            valid=_valid(dataset, stored),
+            value_range=(ends[0], ends[1]),
         )
-    stored = _decoded(dataset)
-    low, high = _stored_range(dataset)
-    slope = _number(dataset, "RescaleSlope", 1.0)
-    intercept = _number(dataset, "RescaleIntercept", 0.0)
-    ends = sorted((low * slope + intercept, high * slope + intercept))
-    inverted = photometric == "MONOCHROME1" and not is_quantitative(dataset)
+
+    def _tile(self, index: int, size: tuple[int, int]) -> NDArray:
+        if self._sheet is None:
+            self._sheet = _decoded(self.dataset, 0)
+        row, column = divmod(index, self._sheet.shape[1] // size[1])
+        rows = self._sheet[row * size[0] :][: size[0]]
+        return np.ascontiguousarray(rows[:, column * size[1] :][:, : size[1]])
+
+
+def _color_slice(stored: NDArray, bits: int) -> Slice:
+    """stored: (H, W, 3)."""
+    planes = np.ascontiguousarray(stored.transpose(2, 0, 1))
+    return Slice(stored=planes, value_range=(0.0, 2.0**bits - 1))
+
+
+def _with_palette(dataset: Any, stored: NDArray) -> Slice:
+    from pydicom.pixels import apply_color_lut
+
+    if not any(name in dataset for name in _PALETTES):
+        raise UnsupportedPhotometricError("a palette picture comes without its palette")
+    colors = apply_color_lut(stored, dataset)[..., :3]
+    return _color_slice(colors, 8 * colors.dtype.itemsize)
+
+
+def _with_modality_lut(dataset: Any, stored: NDArray) -> Slice:
+    """The table takes the place of slope and intercept (PS3.3 C.11.1)."""
+    from pydicom.pixels import apply_modality_lut
+
+    values = apply_modality_lut(stored, dataset)
+    table = apply_modality_lut(np.arange(*_ends(dataset)), dataset)
+    ends = (float(table.min()), float(table.max()))
+    inverted = dataset.PhotometricInterpretation == "MONOCHROME1" and not is_quantitative(dataset)
     return Slice(
-        stored=stored,
-        slope=slope,
-        intercept=intercept,
-        mirror=low + high if inverted else None,
+        stored=values,
+        mirror=sum(ends) if inverted else None,
         valid=_valid(dataset, stored),
-        value_range=(ends[0], ends[1]),
+        value_range=ends,
     )
 
 
-class SliceStack:
-    """Slices on their way into one image."""
+def _ends(dataset: Any) -> tuple[int, int]:
+    """First stored value of the modality table, and the one after its last."""
+    entries, first, _ = dataset.ModalityLUTSequence[0].LUTDescriptor
+    return int(first), int(first) + (int(entries) or 1 << 16)
 
-    def __init__(self, depth: int, *, hashes: bool) -> None:
-        self.depth, self.filled = depth, 0
+
+class SliceStack:
+    """Slices on their way into one image.
+
+    axes: the sizes (T, D), (D,) or (T,) of the axes that slices are counted along, last fastest;
+        () for a single slice.
+    """
+
+    def __init__(self, axes: tuple[int, ...], *, hashes: bool) -> None:
+        self.axes, self.count, self.filled = axes, math.prod(axes), 0
         self.inverted = self.rescaled = False
         self.value_range = (math.inf, -math.inf)
-        self._pixels: NDArray[np.float32] | None = None  # (C, D, H, W)
-        self._valid: NDArray[np.bool_] | None = None  # (D, H, W)
+        self._pixels: NDArray[np.float32] | None = None  # (C, N, H, W)
+        self._valid: NDArray[np.bool_] | None = None  # (N, H, W)
+        self._open: tuple[Path, OpenObject] | None = None
         self._digest: PixelDigest | None = None
         self._file_digests: list[str] | None = [] if hashes else None
 
@@ -116,10 +188,10 @@ class SliceStack:
             raise differing_slices(1)
         channels = piece.stored.reshape(-1, *place[0].shape)
         if self._pixels is None:
-            size = (len(channels), self.depth, *place[0].shape)
+            size = (len(channels), self.count, *place[0].shape)
             self._pixels = np.empty(size, dtype=np.float32)  # numpy asks for huge pages: 2x faster
             if self._file_digests is not None:
-                self._digest = PixelDigest((*size[:1], *size[1 if self.depth > 1 else 2 :]))
+                self._digest = PixelDigest((len(channels), *self.axes, *place[0].shape))
         out = self._pixels[:, self.filled]
         piece.write(out if piece.stored.ndim == 3 else out[0])
         if piece.valid is not None:
@@ -132,16 +204,18 @@ class SliceStack:
         self.filled += 1
 
     def pixels(self) -> Tensor:
-        """(C, D, H, W), or (C, H, W) of a single slice."""
+        """(C, *axes, H, W)."""
         assert self._pixels is not None
-        assert self.filled == self.depth
-        return torch.from_numpy(self._pixels if self.depth > 1 else self._pixels[:, 0])
+        assert self.filled == self.count
+        channels, _, *plane = self._pixels.shape
+        return torch.from_numpy(self._pixels.reshape(channels, *self.axes, *plane))
 
-    def valid(self) -> Tensor | None:
-        """(D, H, W) or (H, W) bool, or None where nothing is padded."""
+    def valid(self, *, has_time: bool) -> Tensor | None:
+        """(*axes but T, H, W) bool, True where every time point is; None where all are."""
         if self._valid is None:
             return None
-        return torch.from_numpy(self._valid if self.depth > 1 else self._valid[0])
+        valid = self._valid.reshape(*self.axes, *self._valid.shape[1:])
+        return torch.from_numpy(valid.all(0) if has_time else valid)
 
     def units(self) -> str:
         """The stored numbers, unless some slice was rescaled."""
@@ -157,11 +231,13 @@ class SliceStack:
         }
 
     def _read(self, header: Header) -> Slice:
-        content = read_bytes(header.path)
-        if self._file_digests is not None:
-            self._file_digests.append(file_sha256(content))
         with quiet(), decoding("the pixel data"):
-            return read_slice(parse(io.BytesIO(content), header_only=False))
+            if self._open is None or self._open[0] != header.path:
+                content = read_bytes(header.path)
+                if self._file_digests is not None:
+                    self._file_digests.append(file_sha256(content))
+                self._open = (header.path, OpenObject(content))
+            return self._open[1].slice(header.frame, header.tile)
 
     def _note(self, piece: Slice) -> None:
         self.inverted |= piece.mirror is not None
@@ -174,18 +250,17 @@ def differing_slices(count: int) -> DuplicateSlicesError:
     """The error for positions that more than one slice claims."""
     return DuplicateSlicesError(
         f"more than one slice claims one position ({count} such positions): unless equal copies, "
-        "the series holds several volumes (time points, echoes), which are not supported yet; "
-        "keep the files of one volume"
+        "the series holds several volumes that no header value tells apart; keep the files of one"
     )
 
 
-def _decoded(dataset: Any) -> NDArray:
+def _decoded(dataset: Any, frame: int) -> NDArray:
     """(H, W) or (H, W, 3); YBR becomes RGB, unused high bits are masked or sign-extended."""
-    if "PixelData" not in dataset:
-        raise NoPixelDataError("the object has no pixel data, or floats that are not supported")
+    if not any(name in dataset for name in _PIXELS):
+        raise NoPixelDataError("the object has no pixel data")
     from pydicom.pixels import pixel_array
 
-    return pixel_array(dataset, decoding_plugin=_plugin(dataset))
+    return pixel_array(dataset, index=frame, decoding_plugin=_plugin(dataset))
 
 
 def _plugin(dataset: Any) -> str:
@@ -194,7 +269,8 @@ def _plugin(dataset: Any) -> str:
 
     syntax = dataset.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated:
-        have, need = len(dataset.PixelData), _expected_bytes(dataset)
+        name = next(name for name in _PIXELS if name in dataset)
+        have, need = len(dataset[name].value), _expected_bytes(dataset)
         if have < need:
             raise TruncatedPixelDataError(
                 f"the header asks for {need} bytes of pixels and there are {have}; "
@@ -223,7 +299,9 @@ def _expected_bytes(dataset: Any) -> int:
     return int(get_expected_length(dataset))
 
 
-def _stored_range(dataset: Any) -> tuple[int, int]:
+def _stored_range(dataset: Any, stored: NDArray) -> tuple[float, float]:
+    if stored.dtype.kind == "f":
+        return float(np.nanmin(stored)), float(np.nanmax(stored))
     bits = int(dataset.BitsStored)
     if int(dataset.get("PixelRepresentation", 0)):
         return -(1 << bits - 1), (1 << bits - 1) - 1

@@ -1,0 +1,252 @@
+"""Where and when each frame of one DICOM object was taken (PS3.3 C.7.6.16, C.7.6.5, C.8.8.3)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from medssl.data.readers.errors import InconsistentGeometryError, UnsupportedFormatError
+
+TAGS = (
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+    "GridFrameOffsetVector",
+    "FrameTime",
+    "FrameTimeVector",
+    "CineRate",
+    "RecommendedDisplayFrameRate",
+    "SequenceOfUltrasoundRegions",
+    "SpacingBetweenSlices",
+    "NominalScannedPixelSpacing",
+    "AcquisitionDateTime",
+    "AcquisitionTime",
+    "ContentTime",
+    (0x0029, 0x1010),  # Siemens CSA image header
+)
+STACK = (
+    "TemporalPositionIdentifier",
+    "EchoTime",
+    "DiffusionBValue",
+    "TriggerTime",
+    "InversionTime",
+    "AcquisitionNumber",
+)
+_IN_GROUPS = {
+    "TemporalPositionIdentifier": ("FrameContentSequence", "TemporalPositionIndex"),
+    "EchoTime": ("MREchoSequence", "EffectiveEchoTime"),
+    "DiffusionBValue": ("MRDiffusionSequence", "DiffusionBValue"),
+    "TriggerTime": ("CardiacSynchronizationSequence", "NominalCardiacTriggerDelayTime"),
+    "AcquisitionNumber": ("FrameContentSequence", "FrameAcquisitionNumber"),
+}
+_CM = 3  # PhysicalUnitsXDirection of ultrasound regions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """One frame of an object, or one tile of a mosaic.
+
+    index: of the frame, or of the tile, counted along rows. tile: (H, W) of a tile, else None.
+    orientation, position, spacing, thickness: as of `Header`, mm (LPS).
+    stack: the values of `STACK`, as text, "" where absent.
+    taken_s: seconds of the day when its acquisition began, None where nobody said.
+    cine_s: seconds since the first frame of a sequence without geometry of its own, NaN where the
+        frame rate is not given; None for a frame that belongs to no such sequence.
+    """
+
+    index: int = 0
+    tile: tuple[int, int] | None = None
+    orientation: tuple[float, ...] | None
+    position: tuple[float, ...] | None
+    spacing: tuple[float, ...] | None
+    thickness: float | None
+    stack: tuple[str, ...]
+    taken_s: float | None
+    cine_s: float | None = None
+
+
+def frames(dataset: Any) -> list[Frame]:
+    """The frames of an image object, in the order they are stored.
+
+    A header may describe more frames than it announces, where some were cut out of it.
+    Raises InconsistentGeometryError and UnsupportedFormatError.
+    """
+    count = int(dataset.get("NumberOfFrames", 1) or 1)
+    if "PerFrameFunctionalGroupsSequence" in dataset:
+        groups = dataset.PerFrameFunctionalGroupsSequence
+        if len(groups) < count:
+            raise InconsistentGeometryError(
+                f"the header announces {count} frames and describes {len(groups)}; export it again"
+            )
+        return [_frame(dataset, index) for index in range(count)]
+    if "MOSAIC" in kind_of(dataset):
+        return _tiles(dataset)
+    alone = _frame(dataset, 0)
+    if count == 1:
+        return [alone]
+    offsets = numbers(dataset, "GridFrameOffsetVector", count)
+    if offsets is not None:
+        return _at_offsets(alone, offsets)
+    return [replace(alone, index=i, cine_s=when) for i, when in enumerate(_times(dataset, count))]
+
+
+def group(dataset: Any, frame: int, name: str) -> Any:
+    """The functional group of a frame, or of all frames; None where neither says."""
+    per_frame = dataset.get("PerFrameFunctionalGroupsSequence") or ()
+    shared = dataset.get("SharedFunctionalGroupsSequence") or ()
+    for item in (*per_frame[frame : frame + 1], *shared[:1]):
+        if item.get(name):
+            return item[name].value[0]
+    return None
+
+
+def transformation(dataset: Any, frame: int) -> Any:
+    """What holds the rescale slope and intercept of a frame: its functional group or the object."""
+    found = group(dataset, frame, "PixelValueTransformationSequence")
+    return dataset if found is None else found
+
+
+def kind_of(dataset: Any) -> list[str]:
+    """The values of ImageType, in capitals."""
+    value = dataset.get("ImageType") or ()
+    return [part.upper() for part in ([value] if isinstance(value, str) else value)]
+
+
+def numbers(dataset: Any, name: str, count: int) -> tuple[float, ...] | None:
+    """`count` numbers of an element, None where it is absent or empty."""
+    value = dataset.get(name)
+    if value is None or value == "":
+        return None
+    values = tuple(float(part) for part in ([value] if _is_one(value) else value))
+    if len(values) != count:
+        raise ValueError(f"{name} needs {count} numbers, got {len(values)}")
+    return values
+
+
+def _is_one(value: Any) -> bool:
+    return isinstance(value, (int, float, str))
+
+
+def _frame(dataset: Any, index: int) -> Frame:
+    def of(sequence: str) -> Any:
+        found = group(dataset, index, sequence)
+        return dataset if found is None else found
+
+    measures = of("PixelMeasuresSequence")
+    spacing = numbers(measures, "PixelSpacing", 2)
+    for name in ("ImagerPixelSpacing", "NominalScannedPixelSpacing"):
+        spacing = spacing or numbers(dataset, name, 2)
+    return Frame(
+        index=index,
+        orientation=numbers(of("PlaneOrientationSequence"), "ImageOrientationPatient", 6),
+        position=numbers(of("PlanePositionSequence"), "ImagePositionPatient", 3),
+        spacing=spacing or _ultrasound_spacing(dataset),
+        thickness=next(iter(numbers(measures, "SliceThickness", 1) or ()), None),
+        stack=tuple(_stack_value(dataset, index, name) for name in STACK),
+        taken_s=_taken(dataset, index),
+    )
+
+
+def _stack_value(dataset: Any, index: int, name: str) -> str:
+    if name in _IN_GROUPS:
+        sequence, entry = _IN_GROUPS[name]
+        found = group(dataset, index, sequence)
+        if found is not None and found.get(entry) is not None:
+            return str(found.get(entry))
+    value = dataset.get(name)
+    return "" if value is None else str(value)
+
+
+def _taken(dataset: Any, index: int) -> float | None:
+    content = group(dataset, index, "FrameContentSequence")
+    if content is not None and content.get("FrameAcquisitionDateTime"):
+        return _seconds_of_day(str(content.FrameAcquisitionDateTime)[8:])
+    if dataset.get("AcquisitionDateTime"):
+        return _seconds_of_day(str(dataset.AcquisitionDateTime)[8:])
+    return _seconds_of_day(str(dataset.get("AcquisitionTime") or ""))
+
+
+def _seconds_of_day(text: str) -> float | None:
+    """HHMMSS.ffffff, with a zone offset perhaps, to seconds."""
+    text = text.replace(":", "").split("+")[0].split("-")[0].strip()
+    try:
+        return int(text[:2]) * 3600 + int(text[2:4]) * 60 + float(text[4:])
+    except ValueError:
+        return None
+
+
+def _times(dataset: Any, count: int) -> list[float]:
+    """Seconds of each frame since the first; NaN where the header gives no rate."""
+    steps = dataset.get("FrameTimeVector")
+    if steps is not None and not _is_one(steps) and len(steps) == count:
+        return (np.cumsum([0.0, *map(float, list(steps)[1:])]) / 1000).tolist()
+    if dataset.get("FrameTime"):
+        return [index * float(dataset.FrameTime) / 1000 for index in range(count)]
+    rate = dataset.get("CineRate") or dataset.get("RecommendedDisplayFrameRate")
+    return [index / float(rate) if rate else math.nan for index in range(count)]
+
+
+def _ultrasound_spacing(dataset: Any) -> tuple[float, float] | None:
+    """mm between rows and columns, where all regions of an ultrasound picture agree on it."""
+    found = set()
+    for region in dataset.get("SequenceOfUltrasoundRegions") or ():
+        units = (region.get("PhysicalUnitsXDirection"), region.get("PhysicalUnitsYDirection"))
+        if units == (_CM, _CM):
+            deltas = (float(region.PhysicalDeltaY), float(region.PhysicalDeltaX))
+            found.add((abs(deltas[0]) * 10, abs(deltas[1]) * 10))
+    return found.pop() if len(found) == 1 else None
+
+
+def _at_offsets(first: Frame, offsets: Sequence[float]) -> list[Frame]:
+    """Frames of a dose grid: their offsets (mm) along the normal of the first (PS3.3 C.8.8.3.2)."""
+    if first.orientation is None or first.position is None:
+        return [replace(first, index=i, cine_s=math.nan) for i in range(len(offsets))]
+    cosines = np.array(first.orientation).reshape(2, 3)
+    along = np.cross(cosines[0], cosines[1])
+    places = [np.array(first.position) + along * (offset - offsets[0]) for offset in offsets]
+    return [
+        replace(first, index=i, position=tuple(place.tolist())) for i, place in enumerate(places)
+    ]
+
+
+def _tiles(dataset: Any) -> list[Frame]:
+    """The slices of a Siemens mosaic, one tile each.
+
+    The header's position is that of the mosaic's own first pixel, as if the whole sheet were
+    centred where a slice is (nibabel's documentation, "Siemens mosaic format").
+    """
+    count, normal = _csa(dataset)
+    whole = _frame(dataset, 0)
+    step = next(iter(numbers(dataset, "SpacingBetweenSlices", 1) or ()), whole.thickness)
+    if whole.orientation is None or whole.position is None or whole.spacing is None or not step:
+        raise InconsistentGeometryError("the mosaic has no position, orientation or spacing")
+    per_side = math.ceil(math.sqrt(count))
+    sheet = (int(dataset.Rows), int(dataset.Columns))
+    tile = (sheet[0] // per_side, sheet[1] // per_side)
+    cosines = np.array(whole.orientation).reshape(2, 3)
+    corner = np.array(whole.position)
+    for cosine, extent, size, gap in zip(
+        cosines, sheet[::-1], tile[::-1], whole.spacing[::-1], strict=True
+    ):
+        corner = corner + cosine * gap * (extent - size) / 2
+    return [
+        replace(whole, index=i, tile=tile, position=tuple((corner + normal * step * i).tolist()))
+        for i in range(count)
+    ]
+
+
+def _csa(dataset: Any) -> tuple[int, Any]:
+    """Number of slices in a mosaic, and the unit vector (LPS) along which they follow."""
+    from nibabel.nicom import csareader
+
+    element = dataset.get((0x0029, 0x1010))
+    header = csareader.read(element.value) if element is not None and element.value else None
+    count = csareader.get_n_mosaic(header) if header else None
+    normal = csareader.get_slice_normal(header) if header else None
+    if not count or normal is None:
+        raise UnsupportedFormatError(
+            "a mosaic without Siemens' private header cannot be cut into slices; export the series "
+            "again without anonymizing private elements, or convert it to NIfTI"
+        )
+    return int(count), np.asarray(normal, dtype=np.float64)
