@@ -1,15 +1,22 @@
 """DICOM series and single DICOM objects as images (https://www.dicomstandard.org)."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
 from medssl.data.image import Image, pixel_affine
 from medssl.data.modality import Modality
 from medssl.data.readers.dicom_geometry import is_sheared, volume_affine
-from medssl.data.readers.dicom_header import QUANTITATIVE, Header, is_dicom, read_headers
-from medssl.data.readers.dicom_pixels import SliceStack
+from medssl.data.readers.dicom_header import (
+    QUANTITATIVE,
+    Header,
+    headers_of,
+    is_dicom,
+    quiet,
+    read_headers,
+)
+from medssl.data.readers.dicom_pixels import OpenObject, SliceStack
 from medssl.data.readers.dicom_series import Series, plan, times
 from medssl.data.readers.errors import (
     AmbiguousSeriesError,
@@ -18,13 +25,20 @@ from medssl.data.readers.errors import (
     NotDicomError,
     ReadError,
 )
+from medssl.data.readers.stored import decoding
+
+_KEPT_BYTES = 512 << 20  # of files, from the look at their headers to their decoding
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """All that lies in some files: series, and the counts of what was passed over."""
+    """All that lies in some files: series, and the counts of what was passed over.
+
+    opened: objects that were parsed whole, by file.
+    """
 
     series: list[Series]
+    opened: dict[Path, OpenObject] = field(repr=False)
     num_objects_skipped: int
     num_files_skipped: int
 
@@ -38,12 +52,21 @@ def scan(files: Iterable[Path]) -> list[Series]:
     return find(files).series
 
 
-def find(files: Iterable[Path], *, any_object: bool = False) -> Found:
+def find(
+    files: Iterable[Path],
+    *,
+    any_object: bool = False,
+    hashes: bool = False,
+    keep_bytes: int = 0,
+) -> Found:
     """As `scan`, with the counts of what was passed over.
 
     any_object: take segmentations and doses for images too.
+    keep_bytes: parse files whole, so that they need not be read again, while they fit.
+    hashes: of the files that are parsed whole.
     """
     headers: list[Header] = []
+    opened: dict[Path, OpenObject] = {}
     damaged: list[Series] = []
     num_objects = num_files = 0
     for file in sorted(files):
@@ -51,13 +74,18 @@ def find(files: Iterable[Path], *, any_object: bool = False) -> Found:
             if not _starts_as_dicom(file):
                 num_files += 1
                 continue
-            frames = read_headers(file, any_object=any_object)
+            if keep_bytes > 0 and (whole := _opened(file, hashes=hashes)) is not None:
+                frames = headers_of(file, whole.dataset, any_object=any_object)
+                keep_bytes -= whole.size
+                opened[file] = whole
+            else:
+                frames = read_headers(file, any_object=any_object)
         except ReadError as error:
             damaged.append(_damaged(file, error))
             continue
         num_objects += not frames
         headers += frames
-    return Found(plan(headers) + damaged, num_objects, num_files)
+    return Found(plan(headers) + damaged, opened, num_objects, num_files)
 
 
 def read_dicom(path: Path, *, series: str | None = None, hashes: bool = False) -> Image:
@@ -76,13 +104,26 @@ def read_dicom(path: Path, *, series: str | None = None, hashes: bool = False) -
     """
     files = path.rglob("*") if path.is_dir() else [path]
     found = find(
-        (file for file in files if path.is_file() or file.is_file()), any_object=path.is_file()
+        (file for file in files if path.is_file() or file.is_file()),
+        any_object=path.is_file(),
+        hashes=hashes,
+        keep_bytes=_KEPT_BYTES,
     )
     chosen = _chosen(found, series)
     for problem in chosen.problems:
         if not isinstance(problem, DuplicateSlicesError):  # their pixels decide
             raise problem
     return _load(found, chosen, hashes=hashes)
+
+
+@quiet()
+def _opened(file: Path, *, hashes: bool) -> OpenObject | None:
+    """The object parsed whole; None where that fails, which need not concern the series wanted."""
+    try:
+        with decoding("the DICOM object"):
+            return OpenObject(file, hashes=hashes)
+    except ReadError:
+        return None
 
 
 def _damaged(file: Path, error: ReadError) -> Series:
@@ -139,7 +180,8 @@ def _load(found: Found, chosen: Series, *, hashes: bool) -> Image:
     volumes = chosen.volumes
     sizes = len(volumes), len(volumes[0])
     axes = ("T" if sizes[0] > 1 else "") + ("D" if sizes[1] > 1 else "")
-    stack = SliceStack(tuple(size for size in sizes if size > 1), hashes=hashes)
+    counted = tuple(size for size in sizes if size > 1)
+    stack = SliceStack(counted, hashes=hashes, opened=found.opened)
     for place in chain.from_iterable(volumes):
         stack.add(place)
     first = volumes[0][0][0]

@@ -40,6 +40,7 @@ _IN_GROUPS = {
     "TriggerTime": ("CardiacSynchronizationSequence", "NominalCardiacTriggerDelayTime"),
     "AcquisitionNumber": ("FrameContentSequence", "FrameAcquisitionNumber"),
 }
+_GROUPS = ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence")
 _CM = 3  # PhysicalUnitsXDirection of ultrasound regions
 
 
@@ -74,7 +75,7 @@ def frames(dataset: Any) -> list[Frame]:
     """
     count = int(dataset.get("NumberOfFrames", 1) or 1)
     if "PerFrameFunctionalGroupsSequence" in dataset:
-        groups = dataset.PerFrameFunctionalGroupsSequence
+        groups = dataset.get("PerFrameFunctionalGroupsSequence")
         if len(groups) < count:
             raise InconsistentGeometryError(
                 f"the header announces {count} frames and describes {len(groups)}; export it again"
@@ -93,6 +94,8 @@ def frames(dataset: Any) -> list[Frame]:
 
 def group(dataset: Any, frame: int, name: str) -> Any:
     """The functional group of a frame, or of all frames; None where neither says."""
+    if not any(name in dataset for name in _GROUPS):
+        return None
     per_frame = dataset.get("PerFrameFunctionalGroupsSequence") or ()
     shared = dataset.get("SharedFunctionalGroupsSequence") or ()
     for item in (*per_frame[frame : frame + 1], *shared[:1]):
@@ -163,7 +166,7 @@ def _taken(dataset: Any, index: int) -> float | None:
     if content is not None and content.get("FrameAcquisitionDateTime"):
         return _seconds_of_day(str(content.FrameAcquisitionDateTime)[8:])
     if dataset.get("AcquisitionDateTime"):
-        return _seconds_of_day(str(dataset.AcquisitionDateTime)[8:])
+        return _seconds_of_day(str(dataset.get("AcquisitionDateTime"))[8:])
     return _seconds_of_day(str(dataset.get("AcquisitionTime") or ""))
 
 
@@ -182,7 +185,7 @@ def _times(dataset: Any, count: int) -> list[float]:
     if steps is not None and not _is_one(steps) and len(steps) == count:
         return (np.cumsum([0.0, *map(float, list(steps)[1:])]) / 1000).tolist()
     if dataset.get("FrameTime"):
-        return [index * float(dataset.FrameTime) / 1000 for index in range(count)]
+        return [index * float(dataset.get("FrameTime")) / 1000 for index in range(count)]
     rate = dataset.get("CineRate") or dataset.get("RecommendedDisplayFrameRate")
     return [index / float(rate) if rate else math.nan for index in range(count)]
 
@@ -222,7 +225,7 @@ def _tiles(dataset: Any) -> list[Frame]:
     if whole.orientation is None or whole.position is None or whole.spacing is None or not step:
         raise InconsistentGeometryError("the mosaic has no position, orientation or spacing")
     per_side = math.ceil(math.sqrt(count))
-    sheet = (int(dataset.Rows), int(dataset.Columns))
+    sheet = (int(dataset.get("Rows")), int(dataset.get("Columns")))
     tile = (sheet[0] // per_side, sheet[1] // per_side)
     cosines = np.array(whole.orientation).reshape(2, 3)
     corner = np.array(whole.position)
@@ -240,8 +243,8 @@ def _csa(dataset: Any) -> tuple[int, Any]:
     """Number of slices in a mosaic, and the unit vector (LPS) along which they follow."""
     from nibabel.nicom import csareader
 
-    element = dataset.get((0x0029, 0x1010))
-    header = csareader.read(element.value) if element is not None and element.value else None
+    content = dataset.get((0x0029, 0x1010))
+    header = csareader.read(content) if content else None
     count = csareader.get_n_mosaic(header) if header else None
     normal = csareader.get_slice_normal(header) if header else None
     if not count or normal is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.data.modality import Modality, from_dicom
+from medssl.data.readers.dicom_elements import Elements
 from medssl.data.readers.dicom_frames import STACK, TAGS, Frame, frames, kind_of, transformation
 from medssl.data.readers.errors import (
     CorruptFileError,
@@ -145,7 +146,14 @@ def read_headers(path: Path, *, any_object: bool = False) -> list[Header]:
 
     any_object: pixels of any kind are an image, also those of segmentations and doses.
     """
-    dataset = parse(path, header_only=True)
+    return headers_of(path, parse(path, header_only=True), any_object=any_object)
+
+
+@quiet()
+@decoding("the DICOM header")
+def headers_of(path: Path, parsed: Any, *, any_object: bool = False) -> list[Header]:
+    """As `read_headers`, of what `parse` gave."""
+    dataset = Elements(parsed)
     code = str(dataset.get("Modality", "") or "")
     if "Rows" not in dataset or (code in _NOT_IMAGES and not any_object):
         return []
@@ -172,7 +180,9 @@ def is_color(dataset: Any) -> bool:
     return palette or int(dataset.get("SamplesPerPixel", 1) or 1) > 1
 
 
-def _header(path: Path, dataset: Any, code: str, frame: Frame, problem: ReadError | None) -> Header:
+def _header(
+    path: Path, dataset: Elements, code: str, frame: Frame, problem: ReadError | None
+) -> Header:
     color, modality, kind = is_color(dataset), from_dicom(code), kind_of(dataset)
     return Header(
         path=path,
@@ -183,9 +193,9 @@ def _header(path: Path, dataset: Any, code: str, frame: Frame, problem: ReadErro
         study_uid=str(dataset.get("StudyInstanceUID", "")),
         patient_id=str(dataset.get("PatientID", "") or ""),
         modality=Modality.OTHER if color and modality in QUANTITATIVE else modality,
-        shape=frame.tile or (int(dataset.Rows), int(dataset.Columns)),
+        shape=frame.tile or (int(dataset.get("Rows")), int(dataset.get("Columns"))),
         color=color,
-        transfer_syntax=str(dataset.file_meta.TransferSyntaxUID.name),
+        transfer_syntax=dataset.transfer_syntax,
         orientation=frame.orientation,
         position=frame.position,
         pixel_spacing=frame.spacing,

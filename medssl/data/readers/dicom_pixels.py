@@ -82,7 +82,10 @@ class OpenObject:
     UnsupportedPhotometricError, and whatever pydicom and the decoders raise over damaged bytes.
     """
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, path: Path, *, hashes: bool) -> None:
+        content = read_bytes(path)
+        self.size = len(content)
+        self.file_sha256 = file_sha256(content) if hashes else None
         self.dataset = parse(io.BytesIO(content), header_only=False)
         self._sheet: NDArray | None = None  # of a mosaic
 
@@ -169,14 +172,18 @@ class SliceStack:
 
     axes: the sizes (T, D), (D,) or (T,) of the axes that slices are counted along, last fastest;
         () for a single slice.
+    opened: objects that were parsed before, which are forgotten once they are used.
     """
 
-    def __init__(self, axes: tuple[int, ...], *, hashes: bool) -> None:
+    def __init__(
+        self, axes: tuple[int, ...], *, hashes: bool, opened: dict[Path, OpenObject]
+    ) -> None:
         self.axes, self.count, self.filled = axes, math.prod(axes), 0
         self.inverted = self.rescaled = False
         self.value_range = (math.inf, -math.inf)
         self._pixels: NDArray[np.float32] | None = None  # (C, N, H, W)
         self._valid: NDArray[np.bool_] | None = None  # (N, H, W)
+        self._opened = opened
         self._open: tuple[Path, OpenObject] | None = None
         self._digest: PixelDigest | None = None
         self._file_digests: list[str] | None = [] if hashes else None
@@ -233,10 +240,12 @@ class SliceStack:
     def _read(self, header: Header) -> Slice:
         with quiet(), decoding("the pixel data"):
             if self._open is None or self._open[0] != header.path:
-                content = read_bytes(header.path)
-                if self._file_digests is not None:
-                    self._file_digests.append(file_sha256(content))
-                self._open = (header.path, OpenObject(content))
+                hashes = self._file_digests is not None
+                known = self._opened.pop(header.path, None)
+                found = known or OpenObject(header.path, hashes=hashes)
+                if self._file_digests is not None and found.file_sha256 is not None:
+                    self._file_digests.append(found.file_sha256)
+                self._open = (header.path, found)
             return self._open[1].slice(header.frame, header.tile)
 
     def _note(self, piece: Slice) -> None:
@@ -258,9 +267,33 @@ def _decoded(dataset: Any, frame: int) -> NDArray:
     """(H, W) or (H, W, 3); YBR becomes RGB, unused high bits are masked or sign-extended."""
     if not any(name in dataset for name in _PIXELS):
         raise NoPixelDataError("the object has no pixel data")
+    plain = _plain(dataset, frame)
+    if plain is not None:
+        return plain
     from pydicom.pixels import pixel_array
 
     return pixel_array(dataset, index=frame, decoding_plugin=_plugin(dataset))
+
+
+def _plain(dataset: Any, frame: int) -> NDArray | None:
+    """The most common layout, 16 bits of grey as they lie in the file; None for any other."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    bits = int(dataset.get("BitsStored") or 0)
+    layout = (
+        syntax.is_encapsulated or syntax.is_deflated or not syntax.is_little_endian,
+        int(dataset.get("SamplesPerPixel") or 1),
+        int(dataset.get("BitsAllocated") or 0),
+        int(dataset.get("HighBit", bits - 1)),
+    )
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    size, content = rows * columns, dataset.get("PixelData")
+    if layout != (False, 1, 16, bits - 1) or not content or len(content) < 2 * size * (frame + 1):
+        return None
+    signed = bool(int(dataset.get("PixelRepresentation") or 0))
+    stored = np.frombuffer(content, "<i2" if signed else "<u2", size, 2 * size * frame)
+    if bits < 16:  # what lies in the high bits is not part of the number
+        stored = (stored << (16 - bits)) >> (16 - bits)
+    return stored.reshape(rows, columns)
 
 
 def _plugin(dataset: Any) -> str:

@@ -236,6 +236,19 @@ def test_whole_numbers_beyond_float32_are_rescaled_before_they_are_rounded(
     )
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_what_lies_in_unused_high_bits_is_no_part_of_a_number(
+    tmp_path, make_ct_slice, save_dicom, signed
+):
+    kind = np.int16 if signed else np.uint16
+    stored = (np.arange(120) - (60 if signed else 0)).astype(kind).reshape(10, 12)
+    dirty = (stored.view(np.uint16) & 0x0FFF) | 0xA000  # overlay bits
+    dataset = make_ct_slice(stored, BitsStored=12, HighBit=11, RescaleIntercept=0)
+    dataset.PixelData = dirty.tobytes()
+    save_dicom(dataset, tmp_path / "a.dcm")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.dcm").pixels[0].numpy(), stored)
+
+
 def series_folders(root):
     return sorted(
         {

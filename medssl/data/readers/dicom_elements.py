@@ -1,0 +1,63 @@
+"""Header values of many like files: what was converted once is not converted again."""
+
+from collections import OrderedDict
+from typing import Any
+
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
+from pydicom.tag import BaseTag, Tag
+
+_MOST = 1 << 14  # values remembered
+_LONGEST = 128  # bytes; longer ones hardly repeat
+
+_TAGS: dict[Any, BaseTag] = {}
+_CONVERTED: "OrderedDict[tuple[Any, ...], DataElement]" = OrderedDict()
+
+
+class Elements:
+    """A dataset's values by keyword or tag, as `dataset.get` gives them, several times as fast.
+
+    The slices of a series share most of their header. A value is looked up by its bytes, so that
+    equal bytes are converted once; sequences, long and already converted values are pydicom's.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self._encoding = dataset.original_character_set
+
+    @property
+    def transfer_syntax(self) -> str:
+        """Its name, such as "JPEG 2000 Image Compression"."""
+        return str(self.dataset.file_meta.TransferSyntaxUID.name)
+
+    def __contains__(self, name: Any) -> bool:
+        return _tag(name) in self.dataset
+
+    def get(self, name: Any, otherwise: Any = None) -> Any:
+        """The value, None of an empty element, `otherwise` of an absent one."""
+        tag = _tag(name)
+        if tag not in self.dataset:
+            return otherwise
+        raw = self.dataset.get_item(tag)
+        if (
+            not isinstance(raw, RawDataElement)
+            or raw.VR == "SQ"
+            or len(raw.value or b"") > _LONGEST
+        ):
+            return self.dataset[tag].value
+        key = (tag, raw.VR, raw.value, raw.is_little_endian, str(self._encoding))
+        found = _CONVERTED.get(key)
+        if found is None:
+            found = convert_raw_data_element(raw, encoding=self._encoding, ds=self.dataset)
+            _CONVERTED[key] = found
+            if len(_CONVERTED) > _MOST:
+                _CONVERTED.popitem(last=False)
+        return found.value
+
+
+def _tag(name: Any) -> BaseTag:
+    if name not in _TAGS:
+        number = tag_for_keyword(name) if isinstance(name, str) else name
+        assert number is not None, name
+        _TAGS[name] = Tag(number)
+    return _TAGS[name]
