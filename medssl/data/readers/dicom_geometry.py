@@ -70,9 +70,15 @@ def same_plane(one: Header, other: Header) -> bool:
     for a, b in ((one.orientation, other.orientation), (one.pixel_spacing, other.pixel_spacing)):
         if (a is None) != (b is None):
             return False
-        if a is not None and b is not None and not np.allclose(a, b, rtol=0, atol=1e-4):
+        if a is not None and b is not None and not _close(a, b):
             return False
     return True
+
+
+def _close(one: Sequence[float], other: Sequence[float]) -> bool:
+    return len(one) == len(other) and all(
+        abs(a - b) <= 1e-4 for a, b in zip(one, other, strict=True)
+    )
 
 
 def _check_uniform(positions: NDArray, normal: NDArray) -> None:

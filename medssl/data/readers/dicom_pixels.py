@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from medssl.data.readers.dicom_elements import Elements
 from medssl.data.readers.dicom_frames import transformation
 from medssl.data.readers.dicom_header import Header, is_quantitative, parse, quiet
 from medssl.data.readers.errors import (
@@ -87,6 +88,7 @@ class OpenObject:
         self.size = len(content)
         self.file_sha256 = file_sha256(content) if hashes else None
         self.dataset = parse(io.BytesIO(content), header_only=False)
+        self._header = Elements(self.dataset)
         self._sheet: NDArray | None = None  # of a mosaic
 
     def slice(self, frame: int, tile: tuple[int, int] | None = None) -> Slice:
@@ -94,9 +96,9 @@ class OpenObject:
 
         MONOCHROME1 is to be inverted unless the values measure something.
         """
-        dataset = self.dataset
-        photometric = str(dataset.get("PhotometricInterpretation", ""))
-        stored = self._tile(frame, tile) if tile else _decoded(dataset, frame)
+        dataset, header = self.dataset, self._header
+        photometric = str(header.get("PhotometricInterpretation", ""))
+        stored = self._tile(frame, tile) if tile else self._decoded(frame)
         if photometric == "PALETTE COLOR":
             return _with_palette(dataset, stored)
         if photometric in _COLORS:
@@ -105,10 +107,10 @@ class OpenObject:
             raise UnsupportedPhotometricError(
                 "only grey, palette, RGB and YBR pixels are supported; convert it first"
             )
-        if dataset.get("ModalityLUTSequence"):
+        if header.get("ModalityLUTSequence"):
             return _with_modality_lut(dataset, stored)
-        low, high = _stored_range(dataset, stored)
-        rescale = transformation(dataset, frame)
+        low, high = _stored_range(header, stored)
+        rescale = transformation(header, frame)
         slope = _number(rescale, "RescaleSlope", 1.0)
         intercept = _number(rescale, "RescaleIntercept", 0.0)
         ends = sorted((low * slope + intercept, high * slope + intercept))
@@ -122,9 +124,13 @@ class OpenObject:
             value_range=(ends[0], ends[1]),
         )
 
+    def _decoded(self, frame: int) -> NDArray:
+        plain = _plain(self._header, frame)
+        return _decoded(self.dataset, frame) if plain is None else plain
+
     def _tile(self, index: int, size: tuple[int, int]) -> NDArray:
         if self._sheet is None:
-            self._sheet = _decoded(self.dataset, 0)
+            self._sheet = self._decoded(0)
         row, column = divmod(index, self._sheet.shape[1] // size[1])
         rows = self._sheet[row * size[0] :][: size[0]]
         return np.ascontiguousarray(rows[:, column * size[1] :][:, : size[1]])
@@ -267,17 +273,14 @@ def _decoded(dataset: Any, frame: int) -> NDArray:
     """(H, W) or (H, W, 3); YBR becomes RGB, unused high bits are masked or sign-extended."""
     if not any(name in dataset for name in _PIXELS):
         raise NoPixelDataError("the object has no pixel data")
-    plain = _plain(dataset, frame)
-    if plain is not None:
-        return plain
     from pydicom.pixels import pixel_array
 
     return pixel_array(dataset, index=frame, decoding_plugin=_plugin(dataset))
 
 
-def _plain(dataset: Any, frame: int) -> NDArray | None:
+def _plain(dataset: Elements, frame: int) -> NDArray | None:
     """The most common layout, 16 bits of grey as they lie in the file; None for any other."""
-    syntax = dataset.file_meta.TransferSyntaxUID
+    syntax = dataset.dataset.file_meta.TransferSyntaxUID
     bits = int(dataset.get("BitsStored") or 0)
     layout = (
         syntax.is_encapsulated or syntax.is_deflated or not syntax.is_little_endian,
@@ -285,7 +288,7 @@ def _plain(dataset: Any, frame: int) -> NDArray | None:
         int(dataset.get("BitsAllocated") or 0),
         int(dataset.get("HighBit", bits - 1)),
     )
-    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    rows, columns = int(dataset.get("Rows")), int(dataset.get("Columns"))
     size, content = rows * columns, dataset.get("PixelData")
     if layout != (False, 1, 16, bits - 1) or not content or len(content) < 2 * size * (frame + 1):
         return None
@@ -332,10 +335,10 @@ def _expected_bytes(dataset: Any) -> int:
     return int(get_expected_length(dataset))
 
 
-def _stored_range(dataset: Any, stored: NDArray) -> tuple[float, float]:
+def _stored_range(dataset: Elements, stored: NDArray) -> tuple[float, float]:
     if stored.dtype.kind == "f":
         return float(np.nanmin(stored)), float(np.nanmax(stored))
-    bits = int(dataset.BitsStored)
+    bits = int(dataset.get("BitsStored"))
     if int(dataset.get("PixelRepresentation", 0)):
         return -(1 << bits - 1), (1 << bits - 1) - 1
     return 0, (1 << bits) - 1
