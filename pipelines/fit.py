@@ -241,6 +241,11 @@ class _Work:
 
 def _fit(work: _Work, goal: Goal, apart: Manifest | None) -> dict[str, Any]:
     work.read()
+    if work.seen.foreign:
+        say(
+            "the encoder's patients or parts were salted with another key (MEDSSL_KEY_FILE): only "
+            "its pictures are compared with yours, not its patients"
+        )
     if apart is None:
         _tell_seen(work)
         plan = make_plan(work.items, work.hashes, goal, seen=work.seen, seed=work.seed)
@@ -276,7 +281,7 @@ def _read_apart(work: _Work, manifest: Manifest) -> list[Item]:
     """The usable calibration normals; raises ValueError where the detector will have seen one."""
     groups = {item.group for item in work.items if item.group is not None}
     fitted, usable = set(work.hashes.values()), []
-    copies, related, pretrained = 0, 0, 0
+    copies, related, hashes = 0, 0, dict[str, str]()
     normals = normal_items(manifest)
     with progress(len(normals), "reading calibration normals") as bar:
         for item in normals:
@@ -286,10 +291,11 @@ def _read_apart(work: _Work, manifest: Manifest) -> list[Item]:
                 work.failed(item, error)
             else:
                 usable.append(item)
-                copies += image.provenance["pixel_sha256"] in fitted
+                hashes[item.item] = image.provenance["pixel_sha256"]
+                copies += hashes[item.item] in fitted
                 related += item.group in groups
-                pretrained += work.seen.knows(item, image.provenance["pixel_sha256"])
             bar.advance(1)
+    pretrained = len(work.seen.known(usable, hashes))
     if copies or related or pretrained:
         raise ValueError(
             f"calibration normals must be new to the detector: {copies} of {len(normals)} have the "
@@ -350,7 +356,7 @@ def _save(work: _Work, plan: Plan, calibration: Calibration) -> None:
 
 
 def _tell_seen(work: _Work) -> None:
-    count = sum(work.seen.knows(item, work.hashes[item.item]) for item in work.items)
+    count = len(work.seen.known(work.items, work.hashes))
     if count:
         say(
             f"{count} of the {len(work.items)} normal images, or others of their patients or "

@@ -89,10 +89,10 @@ def _dicom(entry: Entry) -> Iterator[dict[str, Any]]:
     if entry.series is None:  # only its name says DICOM
         read_headers(entry.path)
         raise ReadError("the file is named as DICOM and does not begin like it; copy it again")
-    found = [entry.series]
+    files = [entry.path]
     if entry.path.is_dir():
-        files = (file for file in entry.path.iterdir() if file.is_file())
-        found = [s for s in scan(files) if s.series_uid == entry.series.series_uid]
+        files = [file for file in entry.path.iterdir() if file.is_file()]
+    found = [s for s in scan(files) if s.series_uid == entry.series.series_uid]
     for series in found:
         problems = [*series.problems]
         if len(found) > 1:

@@ -136,7 +136,8 @@ def make_plan(
     hashes: pixel hash by item; a copy of a fitted picture calibrates nothing.
     seen: what the encoder was pretrained on, which calibrates nothing either.
     """
-    new = [item for item in items if not seen.knows(item, hashes[item.item])]
+    known = seen.known(items, hashes)
+    new = [item for item in items if item.item not in known]
     plan = Plan(fitted=items)
     if goal.method == "split":
         plan = _split(items, new, hashes, goal.needed, seed)

@@ -207,8 +207,10 @@ def _readable(samples: PreparedSamples) -> tuple[list[int], dict[str, Any]]:
             bar.advance(1)
             try:
                 samples[row]
-            except (ReadError, ValueError) as error:
+            except ReadError as error:  # names its item
                 say(f"left out: {error}")
+            except ValueError as error:
+                say(f"left out: item {samples.items[row].item}: {error}")
             else:
                 rows.append(row)
                 yield raw[-1].images["image"]
@@ -223,6 +225,7 @@ def _readable(samples: PreparedSamples) -> tuple[list[int], dict[str, Any]]:
                 raise NoDataError(f"none of the {len(samples)} images can be read") from None
             raise
     samples.on_read = None  # what did not fit into memory is read again, and not watched
+    samples.hashes = False
     return rows, domain
 
 

@@ -43,6 +43,21 @@ class Seen:
         related = self.key == key_fingerprint() and item.group in self.groups
         return pixel_sha256 in self.pixels or related
 
+    def known(self, items: Iterable[Item], hashes: Mapping[str, str]) -> set[str]:
+        """Ids of the items that the training knows, and of all others of their patients or parts.
+
+        hashes: pixel hash by item id.
+        """
+        kept = list(items)
+        names = {item.item for item in kept if self.knows(item, hashes[item.item])}
+        groups = {item.group for item in kept if item.item in names} - {None}
+        return names | {item.item for item in kept if item.group in groups}
+
+    @property
+    def foreign(self) -> bool:
+        """Whether its groups were salted with another key, so that nothing can be said of them."""
+        return bool(self.groups) and self.key != key_fingerprint()
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {"pixels": sorted(self.pixels), "groups": sorted(self.groups), "key": self.key}

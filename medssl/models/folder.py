@@ -130,7 +130,7 @@ def load_model(path: Path, *, kind: Kind | None = None, trust: Sequence[str] = (
     if isinstance(model, Encoder):
         model.preprocessing = prepared
         if (path / "seen.json").is_file():
-            model.seen = Seen.from_dict(_read_json(path / "seen.json"))
+            model.seen = _read_seen(path / "seen.json")
     _check_selftest(model, _read_json(path / "selftest.json"), path.name)
     return SavedModel(
         model=model,
@@ -259,6 +259,13 @@ def _check_selftest(model: nn.Module, selftest: Mapping[str, Any], name: str) ->
             f"{name} fails its self-test: scores of the same noise differ by {error:.2g} of the "
             "largest; the files or a library changed since it was saved"
         )
+
+
+def _read_seen(file: Path) -> Seen:
+    try:
+        return Seen.from_dict(_read_json(file))
+    except (KeyError, TypeError) as error:
+        raise ModelFolderError(f"{file.parent.name}/{file.name} is damaged") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -146,10 +146,20 @@ def test_another_kind_is_refused(saved):
         load_model(out, kind="detector")
 
 
-@pytest.mark.parametrize("name", ["model.yaml", "selftest.json", "learnt.json"])
-def test_damaged_files_are_named(saved, name):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.yaml", "{"),
+        ("selftest.json", "{"),
+        ("learnt.json", "{"),
+        ("seen.json", "{"),
+        ("seen.json", '{"pixels": []}'),
+        ("seen.json", "[]"),
+    ],
+)
+def test_damaged_files_are_named(saved, name, content):
     _, out = saved
-    (out / name).write_text("{")
+    (out / name).write_text(content)
     with pytest.raises(ModelFolderError, match=f"{name} is damaged"):
         load_model(out)
 

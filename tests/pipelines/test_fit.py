@@ -250,10 +250,26 @@ def test_another_picture_of_a_pretrained_patient_never_calibrates(tmp_path):
     greys(tmp_path / "data", range(100, 160))
     rows = [f"{i:03d}.png,patient{i // 3}" for i in range(60)]
     (tmp_path / "data" / "groups.csv").write_text("\n".join(["path,patient", *rows]))
-    detector, _ = pretrained_on(tmp_path / "data", 31, groups="groups.csv:patient")
+    detector, seen = pretrained_on(tmp_path / "data", 31, groups="groups.csv:patient")
+    check_nothing_of_these_patients_calibrates(tmp_path, detector, seen)
+
+
+def test_patients_are_kept_together_where_only_pictures_were_known_in_pretraining(tmp_path):
+    greys(tmp_path / "data", range(100, 180))
+    rows = [f"{i:03d}.png,patient{i % 40}" for i in range(80)]
+    (tmp_path / "data" / "groups.csv").write_text("\n".join(["path,patient", *rows]))
+    detector, seen = pretrained_on(tmp_path / "data", 20)  # without groups
+    check_nothing_of_these_patients_calibrates(tmp_path, detector, seen)
+
+
+def check_nothing_of_these_patients_calibrates(tmp_path, detector, seen):
+    manifest = build_manifest(tmp_path / "data", groups="groups.csv:patient")
+    group = {item.item: item.group for item in manifest.images}
     _, result, _ = fitted(tmp_path / "data", tmp_path, detector, groups="groups.csv:patient")
-    assert result["num_calibration"] <= 60 - 33  # the other two pictures of the 11th patient
-    assert result["calibrated"]
+    scored = set(group) - set(detector.fits[-1])
+    assert len(scored) == result["num_calibration"] >= 19
+    assert not {group[item] for item in scored} & {group[item] for item in seen}
+    assert not {group[item] for item in scored} & {group[item] for item in detector.fits[-1]}
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def find_images(path: Path) -> Listing:
                 used += 1
         found = scan(dicom) if dicom else []
         entries += _volumes(found, root)
-        used += sum(len(series.files) for series in found)
+        used += len({file for series in found for file in series.files})
     entries.sort(key=lambda entry: (entry.relative.parts, entry.key))
     return Listing(entries=tuple(entries), skipped=num_files - used)
 

@@ -1,5 +1,6 @@
 """DICOM series and single DICOM objects as images (https://www.dicomstandard.org)."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
@@ -94,7 +95,8 @@ def read_dicom(path: Path, *, series: str | None = None, hashes: bool = False) -
     Pixels are in the modality's unit: HU for CT, otherwise the stored values after each slice's
     own rescale or table. Declared padding is invalid. MONOCHROME1 is inverted except where values
     measure something (CT, MR, PT, NM). A single slice has axes "HW"; without a position it lies in
-    the pixel frame, with the spacing that the header gives, if any. Volumes of one series over
+    the pixel frame, with the spacing that the header gives, if any. Doses are in stored counts,
+    without their scaling. Volumes of one series over
     time, echoes or diffusion weightings share a T axis; `times_s` is NaN where it is no time or
     nobody said. Segmentations and doses are passed over in a folder, and read when their file is
     given.
@@ -167,8 +169,8 @@ def _chosen(found: Found, series: str | None) -> Series:
         raise AmbiguousSeriesError(f"no volume has the id {series!r}; there are {known}")
     if len({s.series for s in matching}) == 1:
         raise AmbiguousSeriesError(
-            f"one series holds {len(matching)} volumes ({known}), by orientation, size, echo or "
-            "time point; put the files of each into its own folder"
+            f"one series holds {len(matching)} volumes ({known}), by orientation, size, signal or "
+            "segment; put the files of each into its own folder (of one file only one is supported)"
         )
     raise AmbiguousSeriesError(
         f"{len(matching)} volumes where one was asked for; choose with series=: {known}"
@@ -181,7 +183,8 @@ def _load(found: Found, chosen: Series, *, hashes: bool) -> Image:
     sizes = len(volumes), len(volumes[0])
     axes = ("T" if sizes[0] > 1 else "") + ("D" if sizes[1] > 1 else "")
     counted = tuple(size for size in sizes if size > 1)
-    stack = SliceStack(counted, hashes=hashes, opened=found.opened)
+    frames = Counter(header.path for place in chain.from_iterable(volumes) for header in place)
+    stack = SliceStack(counted, hashes=hashes, frames=frames, opened=found.opened)
     for place in chain.from_iterable(volumes):
         stack.add(place)
     first = volumes[0][0][0]

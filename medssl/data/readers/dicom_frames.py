@@ -41,6 +41,7 @@ _IN_GROUPS = {
     "AcquisitionNumber": ("FrameContentSequence", "FrameAcquisitionNumber"),
 }
 _GROUPS = ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence")
+_VOLUMES = frozenset({"CT", "MR", "PT", "NM"})
 _CM = 3  # PhysicalUnitsXDirection of ultrasound regions
 
 
@@ -70,7 +71,8 @@ class Frame:
 def frames(dataset: Any) -> list[Frame]:
     """The frames of an image object, in the order they are stored.
 
-    A header may describe more frames than it announces, where some were cut out of it.
+    Frames without a position of their own follow each other in time. A header may describe more
+    frames than it announces, where some were cut out of it.
     Raises InconsistentGeometryError and UnsupportedFormatError.
     """
     count = int(dataset.get("NumberOfFrames", 1) or 1)
@@ -80,7 +82,9 @@ def frames(dataset: Any) -> list[Frame]:
             raise InconsistentGeometryError(
                 f"the header announces {count} frames and describes {len(groups)}; export it again"
             )
-        return [_frame(dataset, index) for index in range(count)]
+        found = [_frame(dataset, index) for index in range(count)]
+        placed = all(frame.position is not None for frame in found)
+        return found if placed or count == 1 else _sequence(dataset, found)
     if "MOSAIC" in kind_of(dataset):
         return _tiles(dataset)
     alone = _frame(dataset, 0)
@@ -89,7 +93,7 @@ def frames(dataset: Any) -> list[Frame]:
     offsets = numbers(dataset, "GridFrameOffsetVector", count)
     if offsets is not None:
         return _at_offsets(alone, offsets)
-    return [replace(alone, index=i, cine_s=when) for i, when in enumerate(_times(dataset, count))]
+    return _sequence(dataset, [replace(alone, index=index) for index in range(count)])
 
 
 def group(dataset: Any, frame: int, name: str) -> Any:
@@ -151,6 +155,12 @@ def _frame(dataset: Any, index: int) -> Frame:
     )
 
 
+def segment_of(dataset: Any, frame: int) -> str:
+    """The segment that a frame of a segmentation marks, "" where it is none."""
+    found = group(dataset, frame, "SegmentIdentificationSequence")
+    return "" if found is None else f"segment {found.get('ReferencedSegmentNumber')}"
+
+
 def _stack_value(dataset: Any, index: int, name: str) -> str:
     if name in _IN_GROUPS:
         sequence, entry = _IN_GROUPS[name]
@@ -179,6 +189,17 @@ def _seconds_of_day(text: str) -> float | None:
         return None
 
 
+def _sequence(dataset: Any, found: list[Frame]) -> list[Frame]:
+    """Frames over time, unless they may as well be slices that are described in another way."""
+    times = _times(dataset, len(found))
+    if math.isnan(times[-1]) and dataset.get("Modality") in _VOLUMES:
+        raise UnsupportedFormatError(
+            f"{len(found)} frames without position or time, of a kind that may be slices as well, "
+            "are not supported; convert the object to one slice per file"
+        )
+    return [replace(frame, cine_s=when) for frame, when in zip(found, times, strict=True)]
+
+
 def _times(dataset: Any, count: int) -> list[float]:
     """Seconds of each frame since the first; NaN where the header gives no rate."""
     steps = dataset.get("FrameTimeVector")
@@ -191,7 +212,7 @@ def _times(dataset: Any, count: int) -> list[float]:
 
 
 def _ultrasound_spacing(dataset: Any) -> tuple[float, float] | None:
-    """mm between rows and columns, where all regions of an ultrasound picture agree on it."""
+    """mm between rows and columns, where the regions of an ultrasound picture in cm agree on it."""
     found = set()
     for region in dataset.get("SequenceOfUltrasoundRegions") or ():
         units = (region.get("PhysicalUnitsXDirection"), region.get("PhysicalUnitsYDirection"))
@@ -202,11 +223,20 @@ def _ultrasound_spacing(dataset: Any) -> tuple[float, float] | None:
 
 
 def _at_offsets(first: Frame, offsets: Sequence[float]) -> list[Frame]:
-    """Frames of a dose grid: their offsets (mm) along the normal of the first (PS3.3 C.8.8.3.2)."""
+    """Frames of a dose grid, by their offsets in mm (PS3.3 C.8.8.3.2).
+
+    Offsets that start at 0 count along the normal of the first frame; others are its z.
+    """
     if first.orientation is None or first.position is None:
-        return [replace(first, index=i, cine_s=math.nan) for i in range(len(offsets))]
+        raise InconsistentGeometryError("a dose grid without position or orientation")
     cosines = np.array(first.orientation).reshape(2, 3)
     along = np.cross(cosines[0], cosines[1])
+    if offsets[0] != 0:
+        if abs(offsets[0] - first.position[2]) > 0.01 or abs(abs(along[2]) - 1) > 1e-4:
+            raise InconsistentGeometryError(
+                "the offsets of the frames are neither relative nor the z of axial ones"
+            )
+        along = np.array([0.0, 0.0, 1.0])
     places = [np.array(first.position) + along * (offset - offsets[0]) for offset in offsets]
     return [
         replace(first, index=i, position=tuple(place.tolist())) for i, place in enumerate(places)

@@ -11,7 +11,15 @@ from typing import Any
 
 from medssl.data.modality import Modality, from_dicom
 from medssl.data.readers.dicom_elements import Elements
-from medssl.data.readers.dicom_frames import STACK, TAGS, Frame, frames, kind_of, transformation
+from medssl.data.readers.dicom_frames import (
+    STACK,
+    TAGS,
+    Frame,
+    frames,
+    kind_of,
+    segment_of,
+    transformation,
+)
 from medssl.data.readers.errors import (
     CorruptFileError,
     InconsistentGeometryError,
@@ -65,7 +73,8 @@ class Header:
     orientation: direction cosines (LPS) of a row, then of a column. position: mm (LPS) of the
         first pixel. pixel_spacing: mm between rows, then between columns.
     localizer: a scout, which is never part of a volume.
-    component: what was computed from the signal (magnitude, phase, ...); one volume has one.
+    component: what was computed from the signal (magnitude, phase, ...), or the segment that is
+        marked; one volume has one.
     instance_number: of this object in its series, a label that nobody guarantees.
     num_times: how many volumes over time the series announces.
     frame, tile, stack, taken_s, cine_s: as of `dicom_frames.Frame`.
@@ -201,7 +210,7 @@ def _header(
         pixel_spacing=frame.spacing,
         thickness=frame.thickness,
         localizer="LOCALIZER" in kind,
-        component=_COMPONENTS.intersection(kind[2:]),
+        component=_COMPONENTS.intersection(kind[2:]) | {segment_of(dataset, frame.index)},
         instance_number=_whole(dataset, "InstanceNumber"),
         num_times=_whole(dataset, "NumberOfTemporalPositions"),
         stack=frame.stack,
@@ -214,7 +223,10 @@ def _header(
 def _problem(dataset: Any, modality: Modality, frame: Frame) -> ReadError | None:
     rescale = transformation(dataset, frame.index)
     unit = str(rescale.get("RescaleType", "") or "HU").upper()
-    if modality is Modality.CT and not is_color(dataset) and not dataset.get("ModalityLUTSequence"):
+    table = dataset.get("ModalityLUTSequence")
+    if modality is Modality.CT and table and str(table[0].get("ModalityLUTType")) != "HU":
+        return UnsupportedFormatError("a CT whose modality table is not in HU is not supported")
+    if modality is Modality.CT and not is_color(dataset) and not table:
         if unit not in ("HU", "US"):
             return UnsupportedFormatError("a CT whose rescale type is not HU is not supported")
         if rescale.get("RescaleSlope") is None or rescale.get("RescaleIntercept") is None:

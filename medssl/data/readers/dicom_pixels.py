@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ _PLUGINS = ("pyjpegls", "pylibjpeg", "pillow", "pydicom", "gdcm")
 """The first that serves decodes; gdcm is last because it ends the process over damaged JPEG-LS."""
 
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-_PALETTES = ("RedPaletteColorLookupTableDescriptor", "PaletteColorLookupTableUID")
 _COLORS = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"})
 
 
@@ -46,6 +45,7 @@ class Slice:
     mirror: stored x first becomes mirror - x (an inverted MONOCHROME1); None where it stays.
     valid: (H, W) bool, False where the header declares padding; None where all are valid.
     value_range: what the smallest and largest storable number become.
+    before: the values before a modality table, where there is one.
     """
 
     stored: NDArray
@@ -54,6 +54,7 @@ class Slice:
     mirror: float | None = None
     valid: NDArray[np.bool_] | None = None
     value_range: tuple[float, float]
+    before: NDArray | None = None
 
     def write(self, out: NDArray[np.float32]) -> None:
         """Fill `out`, of the shape of `stored`, with the values in the modality's unit."""
@@ -145,7 +146,7 @@ def _color_slice(stored: NDArray, bits: int) -> Slice:
 def _with_palette(dataset: Any, stored: NDArray) -> Slice:
     from pydicom.pixels import apply_color_lut
 
-    if not any(name in dataset for name in _PALETTES):
+    if "RedPaletteColorLookupTableDescriptor" not in dataset:
         raise UnsupportedPhotometricError("a palette picture comes without its palette")
     colors = apply_color_lut(stored, dataset)[..., :3]
     return _color_slice(colors, 8 * colors.dtype.itemsize)
@@ -164,6 +165,7 @@ def _with_modality_lut(dataset: Any, stored: NDArray) -> Slice:
         mirror=sum(ends) if inverted else None,
         valid=_valid(dataset, stored),
         value_range=ends,
+        before=stored,
     )
 
 
@@ -178,21 +180,26 @@ class SliceStack:
 
     axes: the sizes (T, D), (D,) or (T,) of the axes that slices are counted along, last fastest;
         () for a single slice.
-    opened: objects that were parsed before, which are forgotten once they are used.
+    frames: how many frames of each file will be asked for; then it is forgotten.
+    opened: objects that were parsed before.
     """
 
     def __init__(
-        self, axes: tuple[int, ...], *, hashes: bool, opened: dict[Path, OpenObject]
+        self,
+        axes: tuple[int, ...],
+        *,
+        hashes: bool,
+        frames: Mapping[Path, int],
+        opened: dict[Path, OpenObject],
     ) -> None:
         self.axes, self.count, self.filled = axes, math.prod(axes), 0
         self.inverted = self.rescaled = False
         self.value_range = (math.inf, -math.inf)
         self._pixels: NDArray[np.float32] | None = None  # (C, N, H, W)
         self._valid: NDArray[np.bool_] | None = None  # (N, H, W)
-        self._opened = opened
-        self._open: tuple[Path, OpenObject] | None = None
+        self._opened, self._left = opened, dict(frames)
         self._digest: PixelDigest | None = None
-        self._file_digests: list[str] | None = [] if hashes else None
+        self._file_digests: dict[Path, str] | None = {} if hashes else None
 
     def add(self, place: Sequence[Header]) -> None:
         """Read the next position; further files there must be copies of the first."""
@@ -212,7 +219,7 @@ class SliceStack:
                 self._valid = np.ones(self._pixels.shape[1:], dtype=bool)
             self._valid[self.filled] = piece.valid
         if self._digest is not None:
-            self._digest.update(piece.stored)
+            self._digest.update(piece.stored if piece.before is None else piece.before)
         self._note(piece)
         self.filled += 1
 
@@ -231,7 +238,7 @@ class SliceStack:
         return torch.from_numpy(valid.all(0) if has_time else valid)
 
     def units(self) -> str:
-        """The stored numbers, unless some slice was rescaled."""
+        """The stored numbers, unless some slice was rescaled or went through a table."""
         return "rescaled" if self.rescaled else "stored"
 
     def hashes(self) -> dict[str, str]:
@@ -239,24 +246,26 @@ class SliceStack:
         if self._file_digests is None or self._digest is None:
             return {}
         return {
-            "file_sha256": combined_sha256(self._file_digests),
+            "file_sha256": combined_sha256(list(self._file_digests.values())),
             "pixel_sha256": self._digest.hexdigest(),
         }
 
     def _read(self, header: Header) -> Slice:
         with quiet(), decoding("the pixel data"):
-            if self._open is None or self._open[0] != header.path:
-                hashes = self._file_digests is not None
-                known = self._opened.pop(header.path, None)
-                found = known or OpenObject(header.path, hashes=hashes)
-                if self._file_digests is not None and found.file_sha256 is not None:
-                    self._file_digests.append(found.file_sha256)
-                self._open = (header.path, found)
-            return self._open[1].slice(header.frame, header.tile)
+            path, hashes = header.path, self._file_digests is not None
+            found = self._opened.get(path)
+            if found is None:
+                found = self._opened[path] = OpenObject(path, hashes=hashes)
+            if self._file_digests is not None and found.file_sha256 is not None:
+                self._file_digests[path] = found.file_sha256
+            self._left[path] -= 1
+            if self._left[path] == 0:
+                del self._opened[path]
+            return found.slice(header.frame, header.tile)
 
     def _note(self, piece: Slice) -> None:
         self.inverted |= piece.mirror is not None
-        self.rescaled |= (piece.slope, piece.intercept) != (1, 0)
+        self.rescaled |= (piece.slope, piece.intercept) != (1, 0) or piece.before is not None
         low, high = self.value_range
         self.value_range = (min(low, piece.value_range[0]), max(high, piece.value_range[1]))
 

@@ -116,10 +116,12 @@ def _over_time(group: list[Header]) -> list[list[list[Header]]]:
         return [[[header] for header in sorted(group, key=lambda header: header.frame)]]
     if _num_repeated(group) == 0:
         return [[group]]
-    for parts in (_by_values(group), _by_rank(group, "taken_s"), _by_number(group)):
-        if all(_num_repeated(part) == 0 for part in parts):
-            return [parts] if _on_one_grid(parts) else [[part] for part in parts]
-    return [[group]]
+    ways = [_by_values(group), _by_rank(group, "taken_s"), _by_number(group)]
+    ways = [parts for parts in ways if all(_num_repeated(part) == 0 for part in parts)]
+    for parts in ways:
+        if _on_one_grid(parts):
+            return [parts]
+    return [[part] for part in ways[0]] if ways else [[group]]
 
 
 def _by_values(group: Sequence[Header]) -> list[list[Header]]:

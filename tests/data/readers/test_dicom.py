@@ -455,7 +455,7 @@ def test_other_files_and_objects_are_passed_over_and_counted(
 @pytest.mark.parametrize(
     ("changes", "error", "word"),
     [
-        ({"NumberOfFrames": 3}, TruncatedPixelDataError, "asks for 720 bytes"),
+        ({"NumberOfFrames": 3}, UnsupportedFormatError, "may be slices"),
         ({"ImageType": ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]}, UnsupportedFormatError, "mosaic"),
         ({"PhotometricInterpretation": "CMYK"}, UnsupportedPhotometricError, "RGB and YBR"),
         ({"RescaleType": "MGML"}, UnsupportedFormatError, "HU"),

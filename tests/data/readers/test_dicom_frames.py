@@ -1,5 +1,6 @@
 """Frames, tiles and time points against pydicom, published conversions and chosen numbers."""
 
+import hashlib
 import math
 
 import nibabel as nib
@@ -12,9 +13,11 @@ from pydicom.uid import EnhancedMRImageStorage
 
 from medssl.data.image import Image
 from medssl.data.modality import Modality
+from medssl.data.readers import dicom_pixels
 from medssl.data.readers.any import read_image
 from medssl.data.readers.dicom import scan
 from medssl.data.readers.errors import (
+    AmbiguousSeriesError,
     DuplicateSlicesError,
     InconsistentGeometryError,
     UnsupportedFormatError,
@@ -215,6 +218,104 @@ def test_a_modality_table_takes_the_place_of_slope_and_intercept(
     expected = table[(stored.astype(int) - 10).clip(0, 99)]  # PS3.3 C.11.1.1.1
     np.testing.assert_array_equal(image.pixels[0].numpy(), expected)
     assert image.value_range == (0.0, 99.0**2)
+    assert image.units == "rescaled"
+
+
+def test_old_frames_of_a_measuring_modality_are_no_film(tmp_path, make_ct_slice, save_dicom):
+    changes = {**US, "Modality": "NM", "NumberOfFrames": 3, "SpacingBetweenSlices": 4}
+    dataset = make_ct_slice(np.zeros((10, 12), np.uint16), **changes)
+    dataset.PixelData = bytes(3 * 240)
+    save_dicom(dataset, tmp_path / "a.dcm")
+    with pytest.raises(UnsupportedFormatError, match="may be slices as well"):
+        read_image(tmp_path / "a.dcm")
+
+
+def test_enhanced_frames_without_positions_are_one_sequence(tmp_path, make_ct_slice, save_dicom):
+    stored = np.arange(3 * 10 * 12, dtype=np.uint16).reshape(3, 10, 12)
+    dataset = enhanced(make_ct_slice, stored, [0, 1, 2])
+    dataset.Modality, dataset.FrameTime = "XA", 100
+    for frame in dataset.PerFrameFunctionalGroupsSequence:
+        del frame.PlanePositionSequence
+    del dataset.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
+    save_dicom(dataset, tmp_path / "a.dcm")
+    image = read_image(tmp_path / "a.dcm")
+    assert image.axes == "THW"
+    assert image.times_s == (0.0, 0.1, 0.2)
+
+
+def test_segments_are_never_merged(tmp_path, make_ct_slice, save_dicom):
+    dataset = enhanced(
+        make_ct_slice,
+        np.zeros((4, 10, 12), np.uint16),
+        range(4),
+        SegmentIdentificationSequence=lambda index: nested(ReferencedSegmentNumber=1 + index // 2),
+    )
+    save_dicom(dataset, tmp_path / "a.dcm")
+    with pytest.raises(AmbiguousSeriesError, match="segment"):
+        read_image(tmp_path / "a.dcm")
+
+
+def test_two_copies_of_an_enhanced_file_are_each_read_once(
+    tmp_path, make_ct_slice, save_dicom, monkeypatch
+):
+    stored = np.arange(4 * 10 * 12, dtype=np.uint16).reshape(4, 10, 12)
+    dataset = enhanced(make_ct_slice, stored, range(4))
+    opened = []
+    whole = dicom_pixels.OpenObject.__init__
+    monkeypatch.setattr(
+        dicom_pixels.OpenObject,
+        "__init__",
+        lambda self, path, **options: opened.append(path) or whole(self, path, **options),
+    )
+    for name in ("a.dcm", "b.dcm"):
+        save_dicom(dataset, tmp_path / name)
+    image = read_image(tmp_path, hashes=True)
+    assert len(opened) == 2
+    assert image.provenance["duplicates_dropped"] == 4
+    digest = hashlib.sha256((tmp_path / "a.dcm").read_bytes()).hexdigest()
+    assert image.provenance["file_sha256"] == hashlib.sha256(2 * digest.encode()).hexdigest()
+
+
+def test_trigger_times_that_differ_by_slice_leave_the_order_to_the_clock(tmp_path, write_ct_series):
+    for beat in range(2):
+
+        def trigger(index, dataset, beat=beat):
+            dataset.TriggerTime = beat * (30 + index)
+            dataset.AcquisitionTime = f"1200{10 * beat + index:02d}"
+
+        stored = np.full((6, 10, 12), beat, np.uint16)
+        write_ct_series(tmp_path / str(beat), stored=stored, change=trigger, **MR)
+    image = read_image(tmp_path)
+    assert tuple(image.pixels.shape) == (1, 2, 6, 10, 12)
+    assert (image.pixels[0, 1] - image.pixels[0, 0]).unique().tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("offsets", "orientation", "expected"),
+    [
+        ([0, 3], [1, 0, 0, 0, 1, 0], [100, 103]),
+        ([0, 3], [1, 0, 0, 0, -1, 0], [100, 97]),  # along the normal, which points down
+        ([100, 103], [1, 0, 0, 0, -1, 0], [100, 103]),  # the z of each frame
+    ],
+)
+def test_frames_of_a_dose_lie_at_their_offsets(
+    tmp_path, make_ct_slice, save_dicom, offsets, orientation, expected
+):
+    changes = {**MR, "Modality": "RTDOSE", "ImageOrientationPatient": orientation}
+    dataset = make_ct_slice(
+        np.zeros((10, 12), np.uint16),
+        **changes,
+        ImagePositionPatient=[0, 0, 100],
+        NumberOfFrames=2,
+        GridFrameOffsetVector=offsets,
+        RescaleIntercept=0,
+    )
+    dataset.PixelData = np.arange(240, dtype=np.uint16).tobytes()
+    save_dicom(dataset, tmp_path / "a.dcm")
+    image = read_image(tmp_path / "a.dcm")
+    first = int(image.pixels[0, 0, 0, 0] > 0)  # which stored frame comes first
+    heights = [float((image.affine @ torch.tensor([i, 0, 0, 1.0]).double())[2]) for i in range(2)]
+    assert heights == pytest.approx(expected[::-1] if first else expected)
 
 
 def test_a_mosaic_without_its_private_header_is_refused(tmp_path, make_ct_slice, save_dicom):
@@ -269,7 +370,7 @@ def test_every_reference_conversion_is_met_voxel_for_voxel(real_data, name):
         mine = canonical(read_image(folder))
         matching = [one for one in references if same_voxels(one, mine)]
         assert len(matching) == 1, folder.name
-        np.testing.assert_allclose(matching[0].affine, mine.affine, atol=1e-3)
+        np.testing.assert_allclose(matching[0].affine, mine.affine, atol=1e-4)
 
 
 def canonical(image: Image):

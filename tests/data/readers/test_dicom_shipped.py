@@ -72,6 +72,4 @@ def test_a_file_that_pydicom_decodes_is_read_and_any_other_refused_with_a_reason
     dataset, pixels = found
     wanted, got = expected(dataset, pixels), image.pixels.numpy()
     assert got.shape == wanted.shape
-    if "D" in image.axes and not np.allclose(got, wanted):
-        wanted = wanted[:, ::-1]  # slices ascend, whichever way they are stored
     np.testing.assert_allclose(got, wanted, rtol=1e-6)
