@@ -1,14 +1,14 @@
 """Job: what images are here, and what is wrong with them?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from medssl.data.layouts.plain import Entry, find_images
 from medssl.data.manifest import NoDataError
-from medssl.data.modality import Modality
 from medssl.data.privacy import salted
-from medssl.data.readers.errors import AmbiguousSeriesError, ReadError
+from medssl.data.readers.dicom_series import Series
+from medssl.data.readers.errors import CorruptFileError, ReadError
 from pipelines.console import say, table
 
 _COLUMNS = (
@@ -28,13 +28,15 @@ def inspect(path: Path) -> dict[str, Any]:
 
     Returns:
         `images`: a row per image, with shape and spacing (mm, None where unknown) per array axis,
-        orientation as the letters that each axis (D, H, W) grows towards, and `problems`;
+        orientation as the letters that each axis (D, H, W) grows towards, `problems` with the
+        argument of `read_image` that would resolve each, and `notes`;
         `others`: files that are no image; `failed`: images with problems.
     """
     if not path.exists():
         raise FileNotFoundError(f"expected a folder or an image; there is no {path}")
     listing = find_images(path)
     rows = [row for entry in listing.entries for row in _rows(entry)]
+    _beside_others(rows)
     if not rows:
         raise NoDataError(
             f"no image found in {path}: expected DICOM, NIfTI or pictures, "
@@ -44,7 +46,10 @@ def inspect(path: Path) -> dict[str, Any]:
     table(_COLUMNS, [[_cell(row[column]) for column in _COLUMNS] for row in rows])
     for row in rows:
         for problem in row["problems"]:
-            say(f"{row['path']}: {problem['error']}: {problem['message']}")
+            way = f" [{problem['argument']}]" if problem["argument"] else ""
+            say(f"{row['path']}: {problem['error']}: {problem['message']}{way}")
+        for note in row["notes"]:
+            say(f"{row['path']}: {note}")
     say(f"{len(rows)} images, {failed} with problems, {listing.skipped} other files")
     return {"images": rows, "others": listing.skipped, "failed": failed}
 
@@ -55,8 +60,10 @@ def _rows(entry: Entry) -> Iterator[dict[str, Any]]:
             yield _picture(entry)
         elif entry.kind == "nifti":
             yield _nifti(entry)
+        elif entry.volume is None or not entry.volume.shape:
+            yield _damaged(entry)
         else:
-            yield from _dicom(entry)
+            yield _dicom(entry, entry.volume)
     except ReadError as error:
         yield _row(entry, problems=[error])
 
@@ -65,7 +72,7 @@ def _picture(entry: Entry) -> dict[str, Any]:
     from medssl.data.readers.picture import picture_shape
 
     channels, *shape = picture_shape(entry.path)
-    return _row(entry, modality=Modality.PICTURE, channels=channels, shape=shape)
+    return _row(entry, channels=channels, shape=shape)
 
 
 def _nifti(entry: Entry) -> dict[str, Any]:
@@ -81,65 +88,102 @@ def _nifti(entry: Entry) -> dict[str, Any]:
     )
 
 
-def _dicom(entry: Entry) -> Iterator[dict[str, Any]]:
-    """One row per volume; the manifest knows volumes of one series UID and folder as one item."""
-    from medssl.data.readers.dicom import scan
+def _damaged(entry: Entry) -> dict[str, Any]:
+    """A DICOM file or archive that does not open, or whose name alone says DICOM."""
+    if entry.volume is not None:
+        return _row(entry, problems=list(entry.volume.problems))
+    from medssl.data.readers.archive import members
     from medssl.data.readers.dicom_header import read_headers
 
-    if entry.series is None:  # only its name says DICOM
-        read_headers(entry.path)
-        raise ReadError("the file is named as DICOM and does not begin like it; copy it again")
-    files = [entry.path]
-    if entry.path.is_dir():
-        files = [file for file in entry.path.iterdir() if file.is_file()]
-    found = [s for s in scan(files) if s.series_uid == entry.series.series_uid]
-    for series in found:
-        problems = [*series.problems]
-        if len(found) > 1:
-            problems.append(
-                AmbiguousSeriesError(
-                    f"one of {len(found)} volumes of one series in one folder; put the files of "
-                    "each into its own folder"
+    read_headers(entry.path)
+    for _ in members(entry.path):
+        pass
+    raise ReadError("the file is named as DICOM and does not begin like it; copy it again")
+
+
+def _dicom(entry: Entry, volume: Series) -> dict[str, Any]:
+    return _row(
+        entry,
+        channels=3 if volume.color else 1,
+        shape=volume.shape,
+        spacing=volume.spacing,
+        orientation=volume.orientation,
+        transfer_syntax=volume.transfer_syntax or None,
+        problems=list(volume.problems),
+        notes=_notes(volume),
+    )
+
+
+def _notes(volume: Series) -> list[str]:
+    """What does not stop anybody, and should be known."""
+    notes = []
+    if volume.varies:
+        notes.append(f"several volumes, told apart by {', '.join(volume.varies)}")
+    if volume.sheared:
+        notes.append("gantry tilt: the affine is sheared; resample_tilt=True makes it rectangular")
+    if volume.spacing is None and not volume.problems:
+        notes.append("no pixel spacing: nothing can be measured in mm")
+    if volume.burned_in_text is not None:
+        said = "is declared" if volume.burned_in_text == "declared" else "cannot be ruled out"
+        notes.append(f"text in the pixels {said}; it may name the patient")
+    if volume.shows_face:
+        notes.append("a face can be rendered from a volume of the head; deface it before sharing")
+    return notes
+
+
+def _beside_others(rows: list[dict[str, Any]]) -> None:
+    """Tell volumes that share a folder or file from each other, and from damaged files."""
+    damaged = {row["folder"] for row in rows if row["kind"] == "dicom" and row["shape"] is None}
+    for row in rows:
+        if row["kind"] != "dicom" or row["shape"] is None:
+            continue
+        num_here = sum(other["path"] == row["path"] for other in rows)
+        if num_here > 1:
+            row["notes"].append(f"one of {num_here} volumes here; choose it with series=")
+        if row["path"] in damaged:
+            row["problems"].append(
+                _told(
+                    CorruptFileError(
+                        "a damaged DICOM file lies in the same folder and may be one of the "
+                        "slices; copy it again, or take it away"
+                    )
                 )
             )
-        yield _row(
-            entry,
-            series=series.series or None,
-            modality=series.modality,
-            shape=series.shape,
-            spacing=series.spacing,
-            orientation=series.orientation,
-            transfer_syntax=series.transfer_syntax or None,
-            problems=problems,
-        )
 
 
 def _row(
     entry: Entry,
     *,
-    series: str | None = None,
-    modality: Modality = Modality.UNKNOWN,
     channels: int = 1,
     shape: Any = None,
     spacing: Any = None,
     orientation: str | None = None,
     transfer_syntax: str | None = None,
-    problems: list[ReadError] | None = None,
+    problems: Sequence[ReadError] = (),
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     return {
         "item": salted(entry.key),
         "path": str(entry.relative),
+        "folder": str(entry.relative.parent),
         "kind": entry.kind,
-        "series": series,
-        "modality": modality.value,
+        "series": entry.series,
+        "modality": entry.modality.value,
         "channels": channels,
         "shape": list(shape) if shape else None,
         "spacing": None if spacing is None else [round(mm, 6) for mm in spacing],
         "orientation": orientation,
         "transfer_syntax": transfer_syntax,
-        "problems": [
-            {"error": type(problem).__name__, "message": str(problem)} for problem in problems or []
-        ],
+        "problems": [_told(problem) for problem in problems],
+        "notes": list(notes),
+    }
+
+
+def _told(problem: ReadError) -> dict[str, Any]:
+    return {
+        "error": type(problem).__name__,
+        "message": str(problem),
+        "argument": problem.argument,
     }
 
 

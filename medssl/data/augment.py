@@ -61,6 +61,30 @@ class Augmentation:
         return pixels
 
 
+def random_window(
+    pixels: Tensor,
+    generator: torch.Generator,
+    *,
+    limits: tuple[float, float],
+    share: tuple[float, float] = (0.5, 1.0),
+) -> Tensor:
+    """Clip to a random part of `limits` and stretch it to all of them: another window of a CT.
+
+    limits: both ends of the present window, in the pixels' own unit.
+    share: smallest and largest width of the part, of that of `limits`; its place is drawn evenly.
+
+    Preprocess with a wide window, say 400 HU about 40 HU, and give shares (0.2, 0.5): where
+    `limits` are the ends of that window, the result is what a window of 80 to 200 HU anywhere
+    within -160 to 240 HU would have given. From a share of a half on, the wide window's centre is
+    always inside.
+    """
+    low, high = limits
+    draws = torch.rand(2, generator=generator).tolist()
+    width = share[0] + draws[0] * (share[1] - share[0])
+    start = low + draws[1] * (1 - width) * (high - low)
+    return low + ((pixels - start) / width).clamp(0, high - low)
+
+
 def apply_gamma(pixels: Tensor, exponent: float) -> Tensor:
     """Raise the pixels, scaled to [0, 1] over their own range, to `exponent`; the range stays."""
     low, high = torch.aminmax(pixels)

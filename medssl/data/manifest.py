@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -12,11 +12,12 @@ from typing import Literal
 from medssl.data.groups import read_groups
 from medssl.data.image import Image
 from medssl.data.layouts.mvtec_ad import is_mvtec_ad, place_mvtec_ad
-from medssl.data.layouts.plain import Entry, find_images
+from medssl.data.layouts.plain import Entry, Listing, find_images
 from medssl.data.modality import Modality
 from medssl.data.privacy import key_fingerprint, salted
 from medssl.data.readers.any import Kind, read_image
 from medssl.data.readers.errors import InconsistentGeometryError, ReadError
+from medssl.data.readers.stored import read_text
 from medssl.data.sample import Sample
 from medssl.data.select import compile_selection
 
@@ -27,13 +28,13 @@ class NoDataError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One image of a manifest, or the mask of one.
+    """One image of a manifest, or the mask or report of one.
 
     item: salted identifier; the only name of the item that may leave this machine.
     path: absolute; local.
     kind: which reader.
     series: salted series identifier, as `read_image(series=...)` takes it.
-    of: the item that a mask belongs to.
+    of: the item that a mask or report belongs to.
     label: 0 normal, 1 anomalous, None unknown.
     defect: what kind of anomaly, where the folder says so.
     group: salted patient or part. study: salted study.
@@ -43,9 +44,9 @@ class Item:
 
     item: str
     path: str
-    kind: Kind
+    kind: Kind | Literal["text"]
     series: str | None = None
-    role: Literal["image", "mask"] = "image"
+    role: Literal["image", "mask", "report"] = "image"
     of: str | None = None
     split: Literal["train", "test"] | None = None
     label: int | None = None
@@ -66,7 +67,7 @@ _LOCAL = ("path", "file_sha256", "pixel_sha256")
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Images in the order of their relative paths, then masks.
+    """Images in the order of their relative paths, then masks and reports.
 
     key: fingerprint of the key that salted the identifiers.
     skipped: number of files of the folder that are no image, or that its layout has no place for.
@@ -78,7 +79,7 @@ class Manifest:
 
     @property
     def images(self) -> tuple[Item, ...]:
-        """The items that are no mask."""
+        """The items that are neither mask nor report."""
         return tuple(item for item in self.items if item.role == "image")
 
     @property
@@ -94,12 +95,20 @@ class Manifest:
         return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()[:16]
 
     @cached_property
-    def _masks(self) -> dict[str | None, Item]:
-        return {item.of: item for item in self.items if item.role == "mask"}
+    def _belonging(self) -> dict[tuple[str, str | None], Item]:
+        return {(item.role, item.of): item for item in self.items if item.role != "image"}
 
     def mask_of(self, item: Item) -> Item | None:
         """The mask item of an image item, or None."""
-        return self._masks.get(item.item)
+        return self._belonging.get(("mask", item.item))
+
+    def report_of(self, item: Item) -> Item | None:
+        """The report item of an image item, or None."""
+        return self._belonging.get(("report", item.item))
+
+    def paths(self) -> dict[str, PurePosixPath]:
+        """The absolute path of each image."""
+        return {item.item: PurePosixPath(Path(item.path).as_posix()) for item in self.images}
 
     def where(self, **equal: str | int | None) -> "Manifest":
         """The images whose columns have these values, with their masks."""
@@ -189,20 +198,28 @@ def build_manifest(path: Path, *, groups: str | None = None) -> Manifest:
     if path.suffix == ".parquet":
         manifest = read_manifest(path)
     else:
-        listing = find_images(path)
-        if is_mvtec_ad(path):
-            listing = place_mvtec_ad(path, listing)
-        items = _items(listing.entries)
-        manifest = Manifest(items=items, key=key_fingerprint(), skipped=listing.skipped)
+        manifest = manifest_of(path, find_images(path))
+    check_any(manifest, given)
+    if groups is not None:
+        manifest = with_groups(manifest, groups, path if path.is_dir() else path.parent)
+    return manifest
+
+
+def check_any(manifest: Manifest, path: Path) -> None:
+    """Raises NoDataError where a manifest holds no image."""
     if not manifest.images:
         raise NoDataError(
-            f"no image found in {given}: expected DICOM, NIfTI or pictures, "
+            f"no image found in {path}: expected DICOM, NIfTI or pictures, "
             f"found {manifest.skipped} other files"
         )
-    if groups is not None:
-        root = path if path.is_dir() else path.parent
-        manifest = _with_groups(manifest, read_groups(groups, root, _paths(manifest)))
-    return manifest
+
+
+def manifest_of(path: Path, listing: Listing) -> Manifest:
+    """The manifest of what was found in a folder, placed as MVTec AD's layout says where it is."""
+    if is_mvtec_ad(path):
+        listing = place_mvtec_ad(path, listing)
+    items = _items(listing.entries)
+    return Manifest(items=items, key=key_fingerprint(), skipped=listing.skipped)
 
 
 def _items(entries: Sequence[Entry]) -> tuple[Item, ...]:
@@ -215,37 +232,29 @@ def _items(entries: Sequence[Entry]) -> tuple[Item, ...]:
 
 
 def _item(entry: Entry, length: int) -> Item:
-    series = entry.series
-    modality = Modality.PICTURE if entry.kind == "picture" else Modality.UNKNOWN
     return Item(
         item=salted(entry.key, length=length),
         path=str(entry.path),
         kind=entry.kind,
-        series=series.series or None if series else None,
+        series=entry.series,
         role=entry.role,
         of=salted(entry.of, length=length) if entry.of is not None else None,
         split=entry.split,
         label=entry.label,
         category=entry.category,
         defect=entry.defect,
-        group=_group(series.patient_id, series.study_uid) if series else None,
-        study=salted(series.study_uid) if series and series.study_uid else None,
-        modality=(series.modality if series else modality).value,
+        group=entry.group,
+        study=entry.study,
+        modality=entry.modality.value,
     )
 
 
-def _group(patient_id: str, study_uid: str) -> str | None:
-    """The patient; where the header names none, the study, which no split may tear either."""
-    known = patient_id or study_uid
-    return salted(known) if known else None
+def with_groups(manifest: Manifest, spec: str, root: Path) -> Manifest:
+    """The manifest with the salted groups of its images, from FILE:COLUMN as for `read_groups`.
 
-
-def _paths(manifest: Manifest) -> dict[str, PurePosixPath]:
-    return {item.item: PurePosixPath(Path(item.path).as_posix()) for item in manifest.images}
-
-
-def _with_groups(manifest: Manifest, groups: Mapping[str, str]) -> Manifest:
-    """The manifest with the salted groups of its images; a mask belongs where its image does."""
+    A mask belongs where its image does.
+    """
+    groups = read_groups(spec, root, manifest.paths())
     items = [replace(item, group=salted(groups[item.of or item.item])) for item in manifest.items]
     return replace(manifest, items=tuple(items))
 
@@ -259,8 +268,8 @@ def load_sample(manifest: Manifest, item: Item, *, hashes: bool = False) -> Samp
     lie on the image.
     """
     try:
-        image = read_image(Path(item.path), series=item.series, hashes=hashes)
-        mask_item = manifest.mask_of(item)
+        image = read_image(Path(item.path), series=item.series, modality=_said(item), hashes=hashes)
+        mask_item, report = manifest.mask_of(item), manifest.report_of(item)
         mask = None
         if mask_item is not None:
             mask = _on_image(read_image(Path(mask_item.path), series=mask_item.series), image)
@@ -269,11 +278,18 @@ def load_sample(manifest: Manifest, item: Item, *, hashes: bool = False) -> Samp
     return Sample(
         item=item.item,
         images={"image": image},
+        report=None if report is None else read_text(Path(report.path)),
         label=item.label,
         mask=mask,
         group=item.group,
         study=item.study,
     )
+
+
+def _said(item: Item) -> Modality | None:
+    """The modality that a manifest gives to what has none in its header."""
+    modality = Modality(item.modality)
+    return None if modality in (Modality.UNKNOWN, Modality.PICTURE) else modality
 
 
 def _on_image(mask: Image, image: Image) -> Image:

@@ -8,8 +8,8 @@ import torch
 
 from medssl.data.geometry import reorient, resample, resize
 from medssl.data.image import Image
-from medssl.data.modality import Modality
-from medssl.data.region import intracranial
+from medssl.data.modality import Modality, ct_window
+from medssl.data.region import crop_ultrasound, foreground, intracranial
 from medssl.data.sample import Sample
 
 PLANES = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}
@@ -25,25 +25,29 @@ class Preprocessing:
 
     size: (H, W) in pixels after resizing with antialiasing; the aspect ratio is not kept.
     intensity: "window" clips `window_hu` (CT); "range" divides by what the source can hold (8- and
-        16-bit pictures); "percentile" stretches the 0.5th to the 99.5th percentile of the valid
-        pixels (MR, float pictures). Each maps to [0, 1].
-    window_hu: centre and width in HU, with "window" only.
+        16-bit pictures, normals); "percentile" stretches the 0.5th to the 99.5th percentile of the
+        valid pixels (float pictures); "foreground" does so with those of the body alone (MR, PET;
+        see `medssl.data.region.foreground`), so that the air around it does not count; "depth" with
+        the distances of a depth image, near is 0, x and y are left out. Each maps to [0, 1].
+    window_hu: a name in `medssl.data.modality.CT_WINDOWS`, or centre and width in HU; with
+        "window" only.
     channels: 1 keeps or makes grey; 3 repeats grey; None keeps what the source has.
     mean, std: subtracted and divided after the intensity step, one per channel or one for all.
     plane: volumes are turned so that the last two axes are this plane and D runs across it.
     region: what is looked at; the rest becomes invalid: set to the low end of the intensities, not
-        fitted, and without a map. "intracranial" is what the skull encloses in a head CT (see
+        fitted, and without a map. "intracranial" is what the skull encloses in a head CT;
+        "ultrasound" cuts a picture to the regions that its DICOM header declares (see
         `medssl.data.region`).
     """
 
     size: tuple[int, int]
-    intensity: Literal["window", "range", "percentile"]
-    window_hu: tuple[float, float] | None = None
+    intensity: Literal["window", "range", "percentile", "foreground", "depth"]
+    window_hu: tuple[float, float] | str | None = None
     channels: int | None = None
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.25,)
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
-    region: Literal["all", "intracranial"] = "all"
+    region: Literal["all", "intracranial", "ultrasound"] = "all"
 
     def __post_init__(self) -> None:
         if (self.intensity == "window") != (self.window_hu is not None):
@@ -51,6 +55,8 @@ class Preprocessing:
                 f"window_hu belongs to intensity 'window': got {self.intensity!r} "
                 f"and window_hu {self.window_hu}"
             )
+        if self.window_hu is not None:
+            ct_window(self.window_hu)  # a name that is none is refused here, before any image
         if len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise ValueError(f"one positive std per mean, got mean {self.mean} and std {self.std}")
 
@@ -58,6 +64,8 @@ class Preprocessing:
         """The image on the network's grid and scale; its affine still leads home."""
         if "T" in image.axes:
             raise ValueError(f"images with a T axis are not supported yet, got {image.axes!r}")
+        if self.intensity == "depth":
+            image = _depth(image)
         image = resize(self._looked_at(self._oriented(image)), self.size)
         pixels = self._standardized(self._matched(self._scaled(image)))
         return replace(image, pixels=pixels, value_range=None, units="normalized")
@@ -94,6 +102,8 @@ class Preprocessing:
     def _looked_at(self, image: Image) -> Image:
         if self.region == "all":
             return image
+        if self.region == "ultrasound":
+            return crop_ultrasound(image)
         region = intracranial(image)
         return replace(image, valid=region if image.valid is None else region & image.valid)
 
@@ -113,7 +123,7 @@ class Preprocessing:
                     "'range'"
                 )
             assert self.window_hu is not None
-            center, width = self.window_hu
+            center, width = ct_window(self.window_hu)
             return center - width / 2, center + width / 2
         if self.intensity == "range":
             if image.value_range is None:
@@ -122,7 +132,11 @@ class Preprocessing:
                     f"{image.units} has none; use 'percentile' or, for CT, 'window'"
                 )
             return image.value_range
-        values = image.pixels if image.valid is None else image.pixels[:, image.valid]
+        valid = image.valid
+        if self.intensity == "foreground":
+            inside = foreground(image)
+            valid = inside if valid is None else inside & valid
+        values = image.pixels if valid is None else image.pixels[:, valid]
         return _percentiles(values.flatten())
 
     def _matched(self, image: Image) -> torch.Tensor:
@@ -150,6 +164,21 @@ class Preprocessing:
                 "or one per channel"
             )
         return ((pixels - mean) / std).contiguous()
+
+
+def _depth(image: Image) -> Image:
+    """The distances of a depth image: its channel z, or the only one it has."""
+    if image.modality is not Modality.DEPTH:
+        raise ValueError(f"intensity 'depth' needs a depth image, got {image.modality}")
+    if "z" in image.channels:
+        z = image.channels.index("z")
+        return replace(image, pixels=image.pixels[z : z + 1], channels=("z",))
+    if len(image.pixels) > 1:
+        raise ValueError(
+            f"a depth image has one channel or one that is called 'z', got {len(image.pixels)} "
+            f"channels {image.channels}"
+        )
+    return image
 
 
 def _percentiles(values: torch.Tensor, at_most: int = 1_000_000) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from medssl.data.augment import Augmentation
+from medssl.data.augment import Augmentation, random_window
 from medssl.data.geometry import crop, resize
 from medssl.data.image import Image
 from medssl.data.sample import Sample
@@ -63,15 +63,32 @@ class MultiCrop:
     """The views of SwAV and DINO: a few large crops and many small ones, each changed on its own.
 
     A volume gives one slice per call, drawn along D among the slices that hold something.
+
+    window_share: (smallest, largest) share of the intensities of the whole picture or volume that a
+        crop shows, before the augmentation; each crop draws its own (see
+        `medssl.data.augment.random_window`). It is a window in HU where a CT reaches both ends of
+        the wide window of its preprocessing, as one with air and bone does. None shows all.
     """
 
     large: Crops
     small: Crops
     augmentation: Augmentation
+    window_share: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        share = self.window_share
+        if share is not None and not 0 < share[0] <= share[1] <= 1:
+            raise ValueError(
+                f"window_share is (smallest, largest) share of a window within (0, 1], got {share}"
+            )
 
     def __call__(self, sample: Sample, generator: torch.Generator) -> dict[str, Tensor]:
         """Returns "global" (V, C, H, W) and, where there are small crops, "local" (V, C, h, w)."""
         image = sample.images["image"]
+        limits = None
+        if self.window_share is not None:
+            low, high = torch.aminmax(image.pixels)  # of the volume: a slice may hold no air
+            limits = (low.item(), high.item())
         if image.axes == "DHW":
             image = random_slice(image, generator)
         if image.axes != "HW":
@@ -80,14 +97,23 @@ class MultiCrop:
                 "has to be cut into its frames first"
             )
         image = replace(image, valid=None)  # preprocessing has filled what is not valid
-        views = {"global": self._stack(image, self.large, generator)}
+        views = {"global": self._stack(image, self.large, generator, limits)}
         if self.small.count:
-            views["local"] = self._stack(image, self.small, generator)
+            views["local"] = self._stack(image, self.small, generator, limits)
         return views
 
-    def _stack(self, image: Image, crops: Crops, generator: torch.Generator) -> Tensor:
-        views = crops(image, generator)
-        return torch.stack([self.augmentation(view.pixels, generator) for view in views])
+    def _stack(
+        self,
+        image: Image,
+        crops: Crops,
+        generator: torch.Generator,
+        limits: tuple[float, float] | None,
+    ) -> Tensor:
+        views = [view.pixels for view in crops(image, generator)]
+        if self.window_share is not None and limits is not None:
+            share = self.window_share
+            views = [random_window(view, generator, limits=limits, share=share) for view in views]
+        return torch.stack([self.augmentation(view, generator) for view in views])
 
 
 def take_slice(volume: Image, index: int) -> Image:

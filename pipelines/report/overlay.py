@@ -16,7 +16,7 @@ from torch import Tensor
 
 from medssl.data.geometry import reorient
 from medssl.data.image import Image
-from medssl.data.modality import Modality
+from medssl.data.modality import Modality, ct_window
 from medssl.data.preprocess import PLANES, Preprocessing
 
 LONGEST = 448
@@ -141,7 +141,7 @@ def overlay(one: View, scale: HeatScale) -> np.ndarray:
 def _display_limits(image: Image, preprocessing: Preprocessing) -> tuple[float, float]:
     """Which values are shown black and white."""
     if image.modality is Modality.CT:
-        center, width = preprocessing.window_hu or BRAIN_WINDOW_HU
+        center, width = ct_window(preprocessing.window_hu or BRAIN_WINDOW_HU)
         return center - width / 2, center + width / 2
     if image.value_range == (0, 255):
         return 0.0, 255.0

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from medssl.data.augment import Augmentation, add_noise, apply_gain, apply_gamma, blur
+from medssl.data.augment import (
+    Augmentation,
+    add_noise,
+    apply_gain,
+    apply_gamma,
+    blur,
+    random_window,
+)
 
 
 def picture(*shape: int) -> torch.Tensor:
@@ -86,3 +93,40 @@ def test_probability_zero_leaves_the_picture_alone():
 def test_amounts_without_meaning_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Augmentation(**wrong)
+
+
+def test_a_random_window_is_the_window_that_ct_would_have_had():
+    """-160 to 240 HU as [0, 1], windowed again, against the narrower window of the HU."""
+    hu = torch.linspace(-300, 400, 7001)
+    wide = ((hu + 160) / 400).clamp(0, 1)
+    draws = torch.rand(2, generator=torch.Generator().manual_seed(4)).tolist()
+    width = 400 * (0.2 + 0.3 * draws[0])
+    start = -160 + draws[1] * (400 - width)
+    narrow = random_window(
+        wide, torch.Generator().manual_seed(4), limits=(0.0, 1.0), share=(0.2, 0.5)
+    )
+    torch.testing.assert_close(narrow, ((hu - start) / width).clamp(0, 1), atol=1e-5, rtol=0)
+
+
+def test_random_windows_have_the_asked_widths_and_reach_both_ends():
+    ramp, generator = torch.linspace(-2, 2, 4001), torch.Generator().manual_seed(0)
+    widths, starts, ends = [], [], []
+    for _ in range(400):
+        view = random_window(ramp, generator, limits=(-2.0, 2.0), share=(0.5, 0.75))
+        assert (view.min(), view.max()) == (-2, 2)
+        shown = ramp[(view > -2) & (view < 2)]
+        widths.append((shown.max() - shown.min()).item() / 4)
+        starts.append(shown.min().item())
+        ends.append(shown.max().item())
+        assert starts[-1] < 0 < ends[-1]  # the centre is always inside from a half on
+    assert 0.498 < min(widths) < 0.51
+    assert 0.74 < max(widths) < 0.751
+    assert min(starts) < -1.95
+    assert max(ends) > 1.95
+
+
+def test_the_whole_window_changes_nothing():
+    pixels = picture(1, 6, 6)
+    limits = (pixels.min().item(), pixels.max().item())
+    same = random_window(pixels, torch.Generator(), limits=limits, share=(1.0, 1.0))
+    torch.testing.assert_close(same, pixels)

@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from PIL import Image as PILImage
 
 from medssl.data.image import Image, pixel_affine
@@ -112,13 +115,130 @@ def test_a_mask_follows_its_image():
         {"intensity": "range", "window_hu": (40.0, 80.0)},
         {"intensity": "range", "mean": (0.5,), "std": (0.0,)},
         {"intensity": "range", "mean": (0.5, 0.5), "std": (1.0,)},
+        {"intensity": "window", "window_hu": "spleen"},
     ],
 )
 def test_contradictory_arguments_are_refused(arguments):
-    with pytest.raises(ValueError, match="window_hu|std"):
+    with pytest.raises(ValueError, match="window_hu|std|no CT window"):
         Preprocessing(size=(2, 2), **arguments)
 
 
 def test_the_saved_form_comes_back_equal():
     prepare = Preprocessing(size=(2, 3), intensity="window", window_hu=(40.0, 80.0), channels=3)
     assert Preprocessing.from_dict(prepare.to_dict()) == prepare
+
+
+PLAIN = {"mean": (0.0,), "std": (1.0,)}
+
+
+def test_a_window_is_called_by_its_name_and_saved_by_it():
+    hu = image(torch.linspace(-100, 200, 12).reshape(1, 3, 4), modality=Modality.CT)
+    named = Preprocessing(size=(3, 4), intensity="window", window_hu="brain")
+    given = Preprocessing(size=(3, 4), intensity="window", window_hu=(40.0, 80.0))
+    assert torch.equal(named(hu).pixels, given(hu).pixels)
+    assert named.to_dict()["window_hu"] == "brain"
+    assert Preprocessing.from_dict(named.to_dict()) == named
+
+
+@pytest.mark.parametrize(
+    ("text", "window"),
+    [("[40, 80]", (40.0, 80.0)), ("lung", "lung"), ("[-600, 1500]", (-600, 1500))],
+)
+def test_a_config_and_a_command_line_give_a_window_by_name_or_numbers(text, window, tmp_path):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--preprocessing", type=Preprocessing)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"preprocessing: {{size: [8, 8], intensity: window, window_hu: {text}, channels: 1}}\n"
+    )
+    start = ["--config", str(config)]
+    for arguments in (start, [*start, "--preprocessing.window_hu", text]):
+        made = parser.instantiate(parser.parse_args(arguments)).preprocessing
+        assert made.window_hu == window
+        assert Preprocessing.from_dict(made.to_dict()) == made
+
+
+def test_what_an_older_model_saved_still_loads():
+    saved = {"size": [96, 96], "intensity": "window", "window_hu": [35.0, 60.0], "channels": 1}
+    saved |= {"mean": [0.5], "std": [0.25], "plane": "axial", "region": "intracranial"}
+    prepare = Preprocessing.from_dict(saved)
+    assert prepare.window_hu == (35.0, 60.0)
+    assert prepare.to_dict() == saved
+
+
+@pytest.mark.parametrize("choice", [{"intensity": "foreground"}, {"intensity": "depth"}])
+@pytest.mark.parametrize("region", ["all", "ultrasound"])
+def test_new_choices_come_back_equal(choice, region):
+    prepare = Preprocessing(size=(2, 3), region=region, **choice)
+    assert Preprocessing.from_dict(prepare.to_dict()) == prepare
+
+
+def phantom(air):
+    """A square of 40 x 40 pixels of 1000 to 2000, its rim 1500, in air of 0 on each side."""
+    square = torch.full((40, 40), 1500.0)
+    square[3:-3, 3:-3] = torch.linspace(1000, 2000, 34 * 34).reshape(34, 34)
+    pixels = torch.zeros(1, 40 + 2 * air, 40 + 2 * air)
+    pixels[0, air : air + 40, air : air + 40] = square
+    return image(pixels, modality=Modality.MR, value_range=None)
+
+
+@pytest.mark.parametrize("air", [10, 20, 40, 80])
+def test_the_scale_of_mr_does_not_depend_on_the_air_around_the_body(air):
+    """What the rim loses to the air changes the quantiles by less than a thousandth."""
+    size, square = (40 + 2 * air,) * 2, (0, *[slice(air, air + 40)] * 2)
+    source = phantom(air)
+    found = Preprocessing(size=size, intensity="foreground", **PLAIN)(source).pixels
+    low, high = np.quantile(source.pixels[square], [0.005, 0.995])
+    expected = ((source.pixels[square] - low) / (high - low)).clamp(0, 1)
+    torch.testing.assert_close(found[square], expected, atol=2e-3, rtol=0)
+    assert (found[source.pixels == 0] == 0).all()
+    whole = Preprocessing(size=size, intensity="percentile", **PLAIN)(source).pixels
+    assert whole[square][3, 3] > 0.5  # with the air, the darkest tissue is far from black
+
+
+def test_the_foreground_keeps_what_is_invalid_out():
+    bright = phantom(10)
+    bright.pixels[0, 10:20, 10:50] = 1e5
+    valid = torch.ones(60, 60, dtype=torch.bool)
+    valid[:20] = False
+    masked = Preprocessing(size=(60, 60), intensity="foreground", **PLAIN)(
+        image(bright.pixels, modality=Modality.MR, value_range=None, valid=valid)
+    )
+    assert masked.pixels[0, 46, 46] > 0.95  # the brightest valid pixel
+    assert (masked.pixels[0, :20] == 0).all()
+
+
+def test_depth_is_the_channel_z_stretched_over_its_valid_pixels():
+    xyz = torch.stack([torch.full((50, 40), 9.0), torch.full((50, 40), -9.0), torch.zeros(50, 40)])
+    xyz[2] = torch.linspace(0.5, 0.7, 2000).reshape(50, 40)
+    valid = torch.ones(50, 40, dtype=torch.bool)
+    valid[7, 9], xyz[:, 7, 9] = False, 0.0
+    cloud = Image(
+        pixels=xyz,
+        axes="HW",
+        modality=Modality.DEPTH,
+        affine=pixel_affine(),
+        frame="sensor",
+        valid=valid,
+        channels=("x", "y", "z"),
+    )
+    prepare = Preprocessing(size=(50, 40), intensity="depth", **PLAIN)
+    out = prepare(cloud)
+    low, high = np.quantile(xyz[2][valid], [0.005, 0.995])
+    expected = ((xyz[2:] - low) / (high - low)).clamp(0, 1)
+    expected[0, 7, 9] = 0
+    torch.testing.assert_close(out.pixels, expected, atol=1e-5, rtol=0)
+    assert out.channels == ("z",)
+    alone = replace(cloud, pixels=xyz[2:], channels=())
+    assert torch.equal(prepare(alone).pixels, out.pixels)
+    repeated = Preprocessing(size=(50, 40), intensity="depth", channels=3, **PLAIN)(cloud)
+    assert torch.equal(repeated.pixels, out.pixels.expand(3, -1, -1))
+
+
+def test_depth_needs_distances():
+    prepare = Preprocessing(size=(2, 2), intensity="depth")
+    with pytest.raises(ValueError, match="needs a depth image, got PICTURE"):
+        prepare(image(torch.zeros(1, 2, 2)))
+    with pytest.raises(ValueError, match="one that is called 'z', got 3"):
+        prepare(image(torch.zeros(3, 2, 2), modality=Modality.DEPTH))

@@ -137,3 +137,50 @@ def test_all_views_of_a_volume_come_from_one_slice():
 def test_a_scale_that_is_no_share_is_refused():
     with pytest.raises(ValueError, match=r"share of the area within \(0, 1\]"):
         Crops(count=1, size=8, scale=(0.5, 1.5))
+
+
+def volume_with_air() -> Image:
+    """Slices of one value each: air, nine tissues in between, bone."""
+    pixels = torch.linspace(-1, 1, 11)[None, :, None, None].expand(1, 11, 12, 12).clone()
+    pixels[:, :, :, 6:] *= 0.9  # so that no slice is constant and all can be drawn
+    return Image(
+        pixels=pixels, axes="DHW", modality=Modality.CT, affine=pixel_affine(), frame="pixel"
+    )
+
+
+def multi_crop(**options) -> MultiCrop:
+    return MultiCrop(
+        large=Crops(count=2, size=12, scale=(1, 1), aspect=(1, 1), flip=0),
+        small=Crops(count=3, size=6, scale=(0.2, 0.4), flip=0),
+        augmentation=STILL,
+        **options,
+    )
+
+
+def test_windows_of_crops_are_shares_of_the_whole_volumes_range():
+    """Each large crop is the slice itself, so the window is a line through its two values."""
+    sample = Sample(item="a", images={"image": volume_with_air()})
+    views = multi_crop(window_share=(0.5, 0.5))
+    slopes = []
+    for seed in range(30):
+        plain = multi_crop()(sample, rng(seed))["global"]
+        windowed = views(sample, rng(seed))["global"]
+        for before, after in zip(plain, windowed, strict=True):
+            if after.abs().max() < 0.999:  # nothing was clipped
+                slopes.append((after.max() - after.min()) / (before.max() - before.min()))
+    assert len(slopes) > 10
+    torch.testing.assert_close(torch.stack(slopes), torch.full((len(slopes),), 2.0))
+
+
+def test_every_crop_has_a_window_of_its_own_and_none_by_default():
+    sample = Sample(item="a", images={"image": volume_with_air()})
+    large = multi_crop(window_share=(0.5, 1.0))(sample, rng(3))["global"]
+    assert not torch.equal(large[0], large[1])
+    plain = multi_crop()(sample, rng(3))["global"]
+    assert torch.equal(plain[0], plain[1])
+
+
+@pytest.mark.parametrize("share", [(0.0, 0.5), (0.8, 0.5), (0.5, 1.5)])
+def test_a_window_share_that_is_no_share_is_refused(share):
+    with pytest.raises(ValueError, match=r"share of a window within \(0, 1\]"):
+        multi_crop(window_share=share)

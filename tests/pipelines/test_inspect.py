@@ -104,7 +104,7 @@ def test_nothing_shown_identifies_a_patient(mixed, capsys):
         assert "1.2.3." not in text
 
 
-def test_two_volumes_of_one_series_are_two_rows_that_say_so(mixed):
+def test_two_volumes_of_one_series_are_two_rows_with_ids_of_their_own(mixed):
     write_slices(mixed / "twice", [0, 2], "1.2.3.9")
     for number, file in enumerate(sorted((mixed / "twice").iterdir())):
         dataset = pydicom.dcmread(file)
@@ -114,7 +114,9 @@ def test_two_volumes_of_one_series_are_two_rows_that_say_so(mixed):
         dataset.save_as(mixed / "twice" / f"other{number}.dcm")
     rows = [row for row in inspect(mixed)["images"] if row["path"] == "twice"]
     assert [row["orientation"] for row in rows] == ["SPL", "PIL"]
-    assert all(row["problems"][-1]["error"] == "AmbiguousSeriesError" for row in rows)
+    assert all("one of 2 volumes here" in row["notes"][-1] for row in rows)
+    for row in rows:  # each with an id that reads it alone
+        assert list(read_image(mixed / "twice", series=row["series"]).spatial_shape) == row["shape"]
 
 
 def test_a_folder_without_images_is_no_data(tmp_path):

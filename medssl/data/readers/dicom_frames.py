@@ -42,6 +42,12 @@ _IN_GROUPS = {
 }
 _GROUPS = ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence")
 _VOLUMES = frozenset({"CT", "MR", "PT", "NM"})
+_CORNERS = (
+    "RegionLocationMinX0",
+    "RegionLocationMinY0",
+    "RegionLocationMaxX1",
+    "RegionLocationMaxY1",
+)
 _CM = 3  # PhysicalUnitsXDirection of ultrasound regions
 
 
@@ -220,6 +226,16 @@ def _ultrasound_spacing(dataset: Any) -> tuple[float, float] | None:
             deltas = (float(region.PhysicalDeltaY), float(region.PhysicalDeltaX))
             found.add((abs(deltas[0]) * 10, abs(deltas[1]) * 10))
     return found.pop() if len(found) == 1 else None
+
+
+def ultrasound_regions(dataset: Any) -> tuple[tuple[int, ...], ...]:
+    """(x0, y0, x1, y1) of each declared region, in pixels from 0, both ends included (C.8.5.5)."""
+    regions = dataset.get("SequenceOfUltrasoundRegions") or ()
+    return tuple(
+        tuple(int(region.get(name)) for name in _CORNERS)
+        for region in regions
+        if all(region.get(name) is not None for name in _CORNERS)
+    )
 
 
 def _at_offsets(first: Frame, offsets: Sequence[float]) -> list[Frame]:

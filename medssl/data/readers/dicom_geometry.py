@@ -7,11 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from medssl.data.readers.dicom_gaps import Line, OnGap, step
 from medssl.data.readers.dicom_header import Header
-from medssl.data.readers.errors import (
-    InconsistentGeometryError,
-    MissingSlicesError,
-)
+from medssl.data.readers.errors import InconsistentGeometryError
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _LEAST_MM = 0.01  # positions closer than this are one position
@@ -33,10 +31,17 @@ def sorted_slices(headers: Sequence[Header]) -> list[list[Header]]:
     return places
 
 
-def volume_affine(slices: Sequence[Header]) -> Tensor:
+def line_of(slices: Sequence[Header]) -> Line:
+    """Where the slices lie along their normal; slices sorted, one per position."""
+    positions = np.stack([_position(header) for header in slices])
+    return Line(positions, (positions - positions[0]) @ _normal(slices[0]))
+
+
+def volume_affine(slices: Sequence[Header], *, on_gap: OnGap = "error") -> Tensor:
     """(4, 4) from the index (slice, row, column) to RAS+ mm; slices sorted, one per position.
 
-    A gantry tilt stays in it as a shear. A single slice gets its thickness, or 1 mm where there is
+    A gantry tilt stays in it as a shear. on_gap: of which volume, as `dicom_gaps.filled` makes it
+    of slices at uneven distances. A single slice gets its thickness, or 1 mm where there is
     none, along the normal, so that the matrix has an inverse.
     Raises MissingSlicesError and InconsistentGeometryError.
     """
@@ -46,16 +51,12 @@ def volume_affine(slices: Sequence[Header]) -> Tensor:
             "the slices have no positive pixel spacing; correct the header"
         )
     assert first.orientation is not None
-    positions = np.stack([_position(header) for header in slices])
-    step = _normal(first) * _thickness(first)
-    if len(slices) > 1:
-        _check_uniform(positions, _normal(first))
-        step = (positions[-1] - positions[0]) / (len(slices) - 1)
+    line = line_of(slices)
     affine = np.eye(4)
-    affine[:3, 0] = step
+    affine[:3, 0] = step(line, on_gap) if len(slices) > 1 else _normal(first) * _thickness(first)
     affine[:3, 1] = np.array(first.orientation[3:]) * first.pixel_spacing[0]
     affine[:3, 2] = np.array(first.orientation[:3]) * first.pixel_spacing[1]
-    affine[:3, 3] = positions[0]
+    affine[:3, 3] = line.positions[0]
     return torch.from_numpy(_LPS_TO_RAS @ affine)
 
 
@@ -79,31 +80,6 @@ def _close(one: Sequence[float], other: Sequence[float]) -> bool:
     return len(one) == len(other) and all(
         abs(a - b) <= 1e-4 for a, b in zip(one, other, strict=True)
     )
-
-
-def _check_uniform(positions: NDArray, normal: NDArray) -> None:
-    """positions: (D, 3), sorted along `normal`."""
-    steps = np.diff(positions @ normal)
-    usual = float(np.median(steps))
-    tolerance = max(0.01 * usual, _LEAST_MM)
-    if np.abs(steps - usual).max() > tolerance:
-        missing = int(np.round(steps / usual - 1).clip(min=0).sum())
-        if missing:
-            raise MissingSlicesError(
-                f"{missing} slices are missing between the {len(positions)} that are there "
-                f"(usual distance {usual:.3f} mm); copy the whole series"
-            )
-        raise MissingSlicesError(
-            f"the distance between slices varies from {steps.min():.3f} to {steps.max():.3f} mm; "
-            "only evenly spaced slices form a volume"
-        )
-    even = positions[0] + np.linspace(0, 1, len(positions))[:, None] * (
-        positions[-1] - positions[0]
-    )
-    if np.linalg.norm(positions - even, axis=1).max() > max(0.05 * usual, 2 * _LEAST_MM):
-        raise InconsistentGeometryError(
-            "the slice positions do not lie on one straight, even line; they form no single grid"
-        )
 
 
 def _normal(header: Header) -> NDArray:

@@ -19,6 +19,7 @@ from medssl.data.readers.dicom_frames import (
     kind_of,
     segment_of,
     transformation,
+    ultrasound_regions,
 )
 from medssl.data.readers.errors import (
     CorruptFileError,
@@ -28,9 +29,10 @@ from medssl.data.readers.errors import (
     TruncatedPixelDataError,
     UnsupportedFormatError,
 )
-from medssl.data.readers.stored import decoding
+from medssl.data.readers.stored import decoding, read_bytes, unzipped
 
 QUANTITATIVE = frozenset({Modality.CT, Modality.MR, Modality.PT, Modality.NM})
+DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory Storage: a DICOMDIR
 _NOT_IMAGES = frozenset({"SEG", "RTDOSE", "RTSTRUCT", "RTPLAN", "PR", "SR", "KO", "REG", "AU"})
 _TAGS = [
     "SpecificCharacterSet",
@@ -58,9 +60,14 @@ _TAGS = [
     "RescaleType",
     "RescaleSlope",
     "RescaleIntercept",
+    "PresentationLUTShape",
+    "BurnedInAnnotation",
+    "BodyPartExamined",
     *TAGS,
     *STACK,
 ]
+_MAY_SHOW_TEXT = frozenset({"US", "XA", "RF", "SC", "OT", "ES", "XC"})
+_HEAD = ("HEAD", "BRAIN", "SKULL", "FACE", "ORBIT", "SINUS", "JAW", "WHOLEBODY")
 _COMPONENTS = frozenset(
     {"M", "P", "R", "I", "MAGNITUDE", "PHASE", "REAL", "IMAGINARY", "PHASE MAP", "ADC", "FA"}
 )
@@ -78,6 +85,8 @@ class Header:
     instance_number: of this object in its series, a label that nobody guarantees.
     num_times: how many volumes over time the series announces.
     frame, tile, stack, taken_s, cine_s: as of `dicom_frames.Frame`.
+    burned_in_text, shows_head: as of `Series`; by the header's own word or by modality.
+    ultrasound_regions: (x0, y0, x1, y1) in pixels, both ends included.
     problem: why the pixels of this object cannot be read, known from the header alone.
     """
 
@@ -103,6 +112,9 @@ class Header:
     stack: tuple[str, ...]
     taken_s: float | None
     cine_s: float | None
+    burned_in_text: str | None
+    shows_head: bool
+    ultrasound_regions: tuple[tuple[int, ...], ...]
     problem: ReadError | None
 
 
@@ -125,7 +137,9 @@ def parse(source: Path | io.BytesIO, *, header_only: bool) -> Any:
         dataset = pydicom.dcmread(
             source, force=True, stop_before_pixels=header_only, specific_tags=tags
         )
-    if "SOPClassUID" not in dataset and "Rows" not in dataset:  # pydicom drops all at an early end
+    kind = dataset.file_meta.get("MediaStorageSOPClassUID", "")
+    empty = "SOPClassUID" not in dataset and "Rows" not in dataset  # pydicom's at an early end
+    if empty and kind != DIRECTORY:
         if not header_only:
             raise TruncatedPixelDataError("the file ends inside its pixel data; copy it again")
         if dataset.preamble is None:
@@ -150,12 +164,14 @@ def quiet() -> Iterator[None]:
 
 @quiet()
 @decoding("the DICOM header")
-def read_headers(path: Path, *, any_object: bool = False) -> list[Header]:
+def read_headers(path: Path, *, any_object: bool = False, zipped: bool = False) -> list[Header]:
     """The frames of an image object; none for objects without an image (reports, plans, ...).
 
     any_object: pixels of any kind are an image, also those of segmentations and doses.
+    zipped: the file is gzipped.
     """
-    return headers_of(path, parse(path, header_only=True), any_object=any_object)
+    source = io.BytesIO(unzipped(read_bytes(path))) if zipped else path
+    return headers_of(path, parse(source, header_only=True), any_object=any_object)
 
 
 @quiet()
@@ -216,6 +232,9 @@ def _header(
         stack=frame.stack,
         taken_s=frame.taken_s,
         cine_s=frame.cine_s,
+        burned_in_text=_burned_in_text(dataset, code),
+        shows_head=_shows_head(dataset, code),
+        ultrasound_regions=ultrasound_regions(dataset),
         problem=problem or _problem(dataset, modality, frame),
     )
 
@@ -238,6 +257,19 @@ def _problem(dataset: Any, modality: Modality, frame: Frame) -> ReadError | None
             "the header has only one of image position and image orientation; correct it"
         )
     return None
+
+
+def _burned_in_text(dataset: Any, code: str) -> str | None:
+    """Headers cannot prove its absence, except by saying so."""
+    said = str(dataset.get("BurnedInAnnotation") or "").upper()
+    if said in ("YES", "NO"):
+        return "declared" if said == "YES" else None
+    return "possible" if code in _MAY_SHOW_TEXT else None
+
+
+def _shows_head(dataset: Any, code: str) -> bool:
+    part = str(dataset.get("BodyPartExamined") or "").upper().replace(" ", "")
+    return code in ("CT", "MR", "PT") and part.startswith(_HEAD)
 
 
 def _whole(dataset: Any, name: str) -> int | None:

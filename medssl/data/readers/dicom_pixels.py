@@ -1,34 +1,24 @@
 """Stored values of one DICOM slice, and what they mean: padding, inversion, rescale."""
 
 import io
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from medssl.data.readers.dicom_elements import Elements
 from medssl.data.readers.dicom_frames import transformation
-from medssl.data.readers.dicom_header import Header, is_quantitative, parse, quiet
+from medssl.data.readers.dicom_header import is_quantitative, parse
+from medssl.data.readers.dicom_voi import Curve, header_window
 from medssl.data.readers.errors import (
-    DuplicateSlicesError,
     MissingDecoderError,
     NoPixelDataError,
     TruncatedPixelDataError,
     UnsupportedPhotometricError,
 )
-from medssl.data.readers.stored import (
-    PixelDigest,
-    combined_sha256,
-    decoding,
-    file_sha256,
-    read_bytes,
-)
+from medssl.data.readers.stored import file_sha256, read_bytes, unzipped
 
 _PLUGINS = ("pyjpegls", "pylibjpeg", "pillow", "pydicom", "gdcm")
 """The first that serves decodes; gdcm is last because it ends the process over damaged JPEG-LS."""
@@ -86,8 +76,9 @@ class OpenObject:
 
     def __init__(self, path: Path, *, hashes: bool) -> None:
         content = read_bytes(path)
-        self.size = len(content)
         self.file_sha256 = file_sha256(content) if hashes else None
+        content = unzipped(content)
+        self.size = len(content)
         self.dataset = parse(io.BytesIO(content), header_only=False)
         self._header = Elements(self.dataset)
         self._sheet: NDArray | None = None  # of a mosaic
@@ -115,7 +106,7 @@ class OpenObject:
         slope = _number(rescale, "RescaleSlope", 1.0)
         intercept = _number(rescale, "RescaleIntercept", 0.0)
         ends = sorted((low * slope + intercept, high * slope + intercept))
-        inverted = photometric == "MONOCHROME1" and not is_quantitative(dataset)
+        inverted = _is_inverted(dataset)
         return Slice(
             stored=stored,
             slope=slope,
@@ -124,6 +115,10 @@ class OpenObject:
             valid=_valid(dataset, stored),
             value_range=(ends[0], ends[1]),
         )
+
+    def window(self, frame: int) -> Curve:
+        """How the header wants a frame shown."""
+        return header_window(self._header, frame)
 
     def _decoded(self, frame: int) -> NDArray:
         plain = _plain(self._header, frame)
@@ -159,7 +154,7 @@ def _with_modality_lut(dataset: Any, stored: NDArray) -> Slice:
     values = apply_modality_lut(stored, dataset)
     table = apply_modality_lut(np.arange(*_ends(dataset)), dataset)
     ends = (float(table.min()), float(table.max()))
-    inverted = dataset.PhotometricInterpretation == "MONOCHROME1" and not is_quantitative(dataset)
+    inverted = _is_inverted(dataset)
     return Slice(
         stored=values,
         mirror=sum(ends) if inverted else None,
@@ -169,113 +164,19 @@ def _with_modality_lut(dataset: Any, stored: NDArray) -> Slice:
     )
 
 
+def _is_inverted(dataset: Any) -> bool:
+    """Whether small values are bright: two ways to say the same; never of measured values."""
+    said = (
+        dataset.get("PhotometricInterpretation") == "MONOCHROME1",
+        str(dataset.get("PresentationLUTShape") or "") == "INVERSE",
+    )
+    return any(said) and not is_quantitative(dataset)
+
+
 def _ends(dataset: Any) -> tuple[int, int]:
     """First stored value of the modality table, and the one after its last."""
     entries, first, _ = dataset.ModalityLUTSequence[0].LUTDescriptor
     return int(first), int(first) + (int(entries) or 1 << 16)
-
-
-class SliceStack:
-    """Slices on their way into one image.
-
-    axes: the sizes (T, D), (D,) or (T,) of the axes that slices are counted along, last fastest;
-        () for a single slice.
-    frames: how many frames of each file will be asked for; then it is forgotten.
-    opened: objects that were parsed before.
-    """
-
-    def __init__(
-        self,
-        axes: tuple[int, ...],
-        *,
-        hashes: bool,
-        frames: Mapping[Path, int],
-        opened: dict[Path, OpenObject],
-    ) -> None:
-        self.axes, self.count, self.filled = axes, math.prod(axes), 0
-        self.inverted = self.rescaled = False
-        self.value_range = (math.inf, -math.inf)
-        self._pixels: NDArray[np.float32] | None = None  # (C, N, H, W)
-        self._valid: NDArray[np.bool_] | None = None  # (N, H, W)
-        self._opened, self._left = opened, dict(frames)
-        self._digest: PixelDigest | None = None
-        self._file_digests: dict[Path, str] | None = {} if hashes else None
-
-    def add(self, place: Sequence[Header]) -> None:
-        """Read the next position; further files there must be copies of the first."""
-        piece, *others = [self._read(header) for header in place]
-        if not all(piece.equals(other) for other in others):
-            raise differing_slices(1)
-        channels = piece.stored.reshape(-1, *place[0].shape)
-        if self._pixels is None:
-            size = (len(channels), self.count, *place[0].shape)
-            self._pixels = np.empty(size, dtype=np.float32)  # numpy asks for huge pages: 2x faster
-            if self._file_digests is not None:
-                self._digest = PixelDigest((len(channels), *self.axes, *place[0].shape))
-        out = self._pixels[:, self.filled]
-        piece.write(out if piece.stored.ndim == 3 else out[0])
-        if piece.valid is not None:
-            if self._valid is None:
-                self._valid = np.ones(self._pixels.shape[1:], dtype=bool)
-            self._valid[self.filled] = piece.valid
-        if self._digest is not None:
-            self._digest.update(piece.stored if piece.before is None else piece.before)
-        self._note(piece)
-        self.filled += 1
-
-    def pixels(self) -> Tensor:
-        """(C, *axes, H, W)."""
-        assert self._pixels is not None
-        assert self.filled == self.count
-        channels, _, *plane = self._pixels.shape
-        return torch.from_numpy(self._pixels.reshape(channels, *self.axes, *plane))
-
-    def valid(self, *, has_time: bool) -> Tensor | None:
-        """(*axes but T, H, W) bool, True where every time point is; None where all are."""
-        if self._valid is None:
-            return None
-        valid = self._valid.reshape(*self.axes, *self._valid.shape[1:])
-        return torch.from_numpy(valid.all(0) if has_time else valid)
-
-    def units(self) -> str:
-        """The stored numbers, unless some slice was rescaled or went through a table."""
-        return "rescaled" if self.rescaled else "stored"
-
-    def hashes(self) -> dict[str, str]:
-        """Both hashes, where they were asked for."""
-        if self._file_digests is None or self._digest is None:
-            return {}
-        return {
-            "file_sha256": combined_sha256(list(self._file_digests.values())),
-            "pixel_sha256": self._digest.hexdigest(),
-        }
-
-    def _read(self, header: Header) -> Slice:
-        with quiet(), decoding("the pixel data"):
-            path, hashes = header.path, self._file_digests is not None
-            found = self._opened.get(path)
-            if found is None:
-                found = self._opened[path] = OpenObject(path, hashes=hashes)
-            if self._file_digests is not None and found.file_sha256 is not None:
-                self._file_digests[path] = found.file_sha256
-            self._left[path] -= 1
-            if self._left[path] == 0:
-                del self._opened[path]
-            return found.slice(header.frame, header.tile)
-
-    def _note(self, piece: Slice) -> None:
-        self.inverted |= piece.mirror is not None
-        self.rescaled |= (piece.slope, piece.intercept) != (1, 0) or piece.before is not None
-        low, high = self.value_range
-        self.value_range = (min(low, piece.value_range[0]), max(high, piece.value_range[1]))
-
-
-def differing_slices(count: int) -> DuplicateSlicesError:
-    """The error for positions that more than one slice claims."""
-    return DuplicateSlicesError(
-        f"more than one slice claims one position ({count} such positions): unless equal copies, "
-        "the series holds several volumes that no header value tells apart; keep the files of one"
-    )
 
 
 def _decoded(dataset: Any, frame: int) -> NDArray:

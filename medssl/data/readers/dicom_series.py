@@ -12,10 +12,9 @@ from medssl.data.geometry import orientation
 from medssl.data.modality import Modality
 from medssl.data.privacy import salted
 from medssl.data.readers.dicom_frames import STACK
-from medssl.data.readers.dicom_geometry import same_plane, sorted_slices, volume_affine
+from medssl.data.readers.dicom_geometry import is_sheared, same_plane, sorted_slices, volume_affine
 from medssl.data.readers.dicom_header import Header
-from medssl.data.readers.dicom_pixels import differing_slices
-from medssl.data.readers.errors import ReadError
+from medssl.data.readers.errors import ReadError, differing_slices
 
 _SAME_MM = 0.01
 _TIMES = frozenset({"TemporalPositionIdentifier", "AcquisitionNumber", "AcquisitionTime"})
@@ -33,9 +32,12 @@ class Series:
 
     volumes: per time point, per position, in geometric order. shape: ([T], [D], H, W). spacing: mm
     per spatial axis or None. orientation: RAS letters per array axis (d, h, w), or None. varies:
-    what tells time points apart, in DICOM's keywords. series: the salted id to choose it by, of
-    the series UID (of the instance UID for a picture without position). problems: why it cannot be
-    read, as far as headers tell.
+    what tells time points apart, in DICOM's keywords. series: the salted id to choose it by, of the
+    series UID and the first of its instance UIDs. color: pixels are RGB. sheared: the gantry was
+    tilted. burned_in_text:
+    "declared" or "possible" where pixels may show who the patient is. shows_face: a volume of the
+    head, from which a face could be rendered. ultrasound_regions: as of `Header`. problems: why it cannot be read, as far as headers
+    tell.
     """
 
     volumes: tuple[tuple[Place, ...], ...] = field(repr=False)
@@ -50,6 +52,11 @@ class Series:
     orientation: str | None
     transfer_syntax: str
     varies: tuple[str, ...] = ()
+    color: bool = False
+    sheared: bool = False
+    burned_in_text: str | None = None
+    shows_face: bool = False
+    ultrasound_regions: tuple[tuple[int, ...], ...] = ()
     problems: tuple[ReadError, ...]
 
 
@@ -223,7 +230,7 @@ def _series(volumes: Sequence[Sequence[Header]]) -> Series:
     return Series(
         volumes=places,
         files=tuple(dict.fromkeys(header.path for header in headers)),
-        series=salted(first.instance_uid if first.position is None else first.series_uid),
+        series=_salted_id(headers),
         series_uid=first.series_uid,
         study_uid=first.study_uid,
         patient_id=first.patient_id,
@@ -233,8 +240,19 @@ def _series(volumes: Sequence[Sequence[Header]]) -> Series:
         orientation=None if affine is None else orientation(affine),
         transfer_syntax=", ".join(sorted({header.transfer_syntax for header in headers})),
         varies=_varying([volume[0] for volume in volumes]),
+        color=first.color,
+        sheared=affine is not None and is_sheared(affine),
+        burned_in_text=first.burned_in_text,
+        shows_face=first.shows_head and first.color is False and depth > 1,
+        ultrasound_regions=first.ultrasound_regions,
         problems=tuple(problems),
     )
+
+
+def _salted_id(headers: Sequence[Header]) -> str:
+    """Of this volume alone, also where a series UID or a file holds several."""
+    first = min(headers, key=lambda header: (header.instance_uid, header.frame))
+    return salted(f"{first.series_uid} {first.instance_uid} {first.frame}")
 
 
 def _spacing(first: Header, affine: Tensor | None, num_axes: int) -> tuple[float, ...] | None:

@@ -5,7 +5,10 @@ class ReadError(Exception):
     """A file or series that cannot be read as an image.
 
     The message never holds a path, an identifier or a header's text; `inspect` shows those.
+    argument: of `read_image` that would resolve it, where there is one.
     """
+
+    argument: str | None = None
 
 
 class UnsupportedFormatError(ReadError):
@@ -39,6 +42,8 @@ class UnsupportedPhotometricError(ReadError):
 class AmbiguousSeriesError(ReadError):
     """More than one volume where one was asked for; choose with `series=`."""
 
+    argument = "series=ID"
+
 
 class InconsistentGeometryError(ReadError):
     """Slices that do not form one grid, or a broken orientation, spacing or position."""
@@ -47,6 +52,19 @@ class InconsistentGeometryError(ReadError):
 class MissingSlicesError(InconsistentGeometryError):
     """Slices are missing from the middle of a series."""
 
+    argument = 'on_gap="insert_nan", "resample" or "keep"'
+
 
 class DuplicateSlicesError(InconsistentGeometryError):
     """Two different slices claim one position."""
+
+    argument = 'on_duplicate="first" or "last"'
+
+
+def differing_slices(count: int) -> DuplicateSlicesError:
+    """The error for positions that more than one slice claims."""
+    return DuplicateSlicesError(
+        f"more than one slice claims one position ({count} such positions): unless equal copies, "
+        "the series holds several volumes that no header value tells apart; keep the files of one, "
+        "or choose with on_duplicate="
+    )

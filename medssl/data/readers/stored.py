@@ -1,6 +1,9 @@
 """Bytes and stored values: read once, hashed, and widened to float32 without loss."""
 
+import gzip
 import hashlib
+import io
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +13,7 @@ from numpy.typing import NDArray
 
 from medssl.data.readers.errors import CorruptFileError, ReadError, UnsupportedFormatError
 
+GZIP = b"\x1f\x8b"
 _EXACT = 1 << 24  # beyond this, float32 skips integers
 
 
@@ -19,6 +23,48 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ReadError(f"the file cannot be opened: {error.strerror}") from None
+
+
+def read_text(path: Path) -> str:
+    """A report in UTF-8. Raises ReadError, without the path, where it is none."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise CorruptFileError("the report is not text in UTF-8; save it so") from None
+
+
+def first_bytes(path: Path, length: int) -> bytes:
+    """The first bytes of a file, unzipped where it is gzipped; fewer where it is damaged."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(2)
+            stream.seek(0)
+            if start != GZIP:
+                return stream.read(length)
+            try:
+                with gzip.GzipFile(fileobj=stream) as unzipped:
+                    return unzipped.read(length)
+            except (EOFError, zlib.error, gzip.BadGzipFile):
+                return b""
+    except OSError as error:
+        raise ReadError(f"the file cannot be opened: {error.strerror}") from None
+
+
+def unzipped(content: bytes, limit: int = 4 << 30) -> bytes:
+    """What was gzipped, or the bytes as they are.
+
+    Raises CorruptFileError, also where it would be more than `limit` bytes.
+    """
+    if not content.startswith(GZIP):
+        return content
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as stream:
+            whole = stream.read(limit + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CorruptFileError("the gzip stream is truncated or damaged; copy it again") from error
+    if len(whole) > limit:
+        raise CorruptFileError(f"the gzip stream holds over {limit >> 30} GiB; unzip it if true")
+    return whole
 
 
 @contextmanager

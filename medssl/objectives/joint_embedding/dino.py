@@ -43,6 +43,8 @@ class DINO(Objective):
     local_crops, local_size, local_scale: number, side and share of the small ones.
     flip: how often a crop is mirrored left to right.
     augmentation: changes of exposure, contrast, sharpness and noise, drawn per crop.
+    window_share: smallest and largest share of a wide CT window that a crop shows; None for all of
+        it (see `medssl.data.views.MultiCrop`).
 
     Differs from the paper: no color jitter, solarization or grey scale, which only mean something
     in photographs, but gain, offset, gamma and noise with one set of probabilities for all crops;
@@ -71,6 +73,7 @@ class DINO(Objective):
         local_scale: tuple[float, float] = (0.05, 0.4),
         flip: float = 0.5,
         augmentation: Augmentation = _AUGMENTATION,
+        window_share: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         if not 0 < teacher_temperature <= student_temperature:
@@ -90,10 +93,12 @@ class DINO(Objective):
         self.local_crops, self.local_size, self.local_scale = local_crops, local_size, local_scale
         self.flip = flip
         self.augmentation = augmentation
+        self.window_share = window_share
         self.views = MultiCrop(
             large=Crops(count=2, size=global_size, scale=global_scale, flip=flip),
             small=Crops(count=local_crops, size=local_size, scale=local_scale, flip=flip),
             augmentation=augmentation,
+            window_share=window_share,
         )
         self.encoder = load_encoder(encoder) if isinstance(encoder, Path) else encoder
         self.encoder.requires_grad_(True)

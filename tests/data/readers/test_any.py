@@ -4,12 +4,15 @@ import gzip
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import tifffile
 from PIL import Image as Pillow
 
+from medssl.data.modality import Modality
 from medssl.data.readers.any import read_image, sniff
 from medssl.data.readers.errors import CorruptFileError, UnsupportedFormatError
+from medssl.data.region import crop_ultrasound
 
 
 def test_content_decides_and_the_suffix_does_not(tmp_path, make_ct_slice, save_dicom):
@@ -60,5 +63,42 @@ def test_a_broken_gzip_named_nifti_is_corrupt_rather_than_unknown(tmp_path):
 
 def test_series_means_nothing_for_a_picture(tmp_path):
     Pillow.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="DICOM folder"):
+    with pytest.raises(ValueError, match="among DICOM volumes"):
         read_image(tmp_path / "a.png", series="abc")
+    with pytest.raises(ValueError, match="shows DICOM images"):
+        read_image(tmp_path / "a.png", voi_window="brain")
+
+
+def test_a_modality_is_given_where_the_header_leaves_it_open_and_never_against_it(
+    tmp_path, make_ct_slice, save_dicom
+):
+    Pillow.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png", modality=Modality.XR)
+    assert (image.modality, image.provenance["modality"]) == (Modality.XR, "given")
+    save_dicom(make_ct_slice(np.zeros((4, 5), np.uint16)), tmp_path / "a.dcm")
+    assert read_image(tmp_path / "a.dcm", modality=Modality.CT).provenance.get("modality") is None
+    with pytest.raises(ValueError, match="header says CT"):
+        read_image(tmp_path / "a.dcm", modality=Modality.MR)
+
+
+def test_an_ultrasound_is_cut_to_the_regions_its_header_declares(
+    tmp_path, make_ct_slice, save_dicom
+):
+    region = pydicom.Dataset()
+    region.RegionLocationMinX0, region.RegionLocationMinY0 = 3, 1
+    region.RegionLocationMaxX1, region.RegionLocationMaxY1 = 9, 6
+    dataset = make_ct_slice(
+        np.arange(80, dtype=np.uint8).reshape(8, 10),
+        Modality="US",
+        SequenceOfUltrasoundRegions=[region],
+        **dict.fromkeys(
+            ("ImagePositionPatient", "ImageOrientationPatient", "RescaleSlope", "RescaleIntercept")
+        ),
+    )
+    save_dicom(dataset, tmp_path / "a.dcm")
+    image = read_image(tmp_path / "a.dcm")
+    assert image.provenance["ultrasound_regions"] == [[3, 1, 9, 6]]
+    assert image.provenance["burned_in_text"] == "possible"
+    np.testing.assert_array_equal(
+        crop_ultrasound(image).pixels[0].numpy(), np.arange(80).reshape(8, 10)[1:7, 3:10]
+    )

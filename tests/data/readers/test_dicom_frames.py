@@ -15,7 +15,7 @@ from medssl.data.image import Image
 from medssl.data.modality import Modality
 from medssl.data.readers import dicom_pixels
 from medssl.data.readers.any import read_image
-from medssl.data.readers.dicom import scan
+from medssl.data.readers.dicom_find import scan
 from medssl.data.readers.errors import (
     AmbiguousSeriesError,
     DuplicateSlicesError,
@@ -251,8 +251,11 @@ def test_segments_are_never_merged(tmp_path, make_ct_slice, save_dicom):
         SegmentIdentificationSequence=lambda index: nested(ReferencedSegmentNumber=1 + index // 2),
     )
     save_dicom(dataset, tmp_path / "a.dcm")
-    with pytest.raises(AmbiguousSeriesError, match="segment"):
+    with pytest.raises(AmbiguousSeriesError, match="2 volumes"):
         read_image(tmp_path / "a.dcm")
+    found = scan([tmp_path / "a.dcm"])
+    shapes = [read_image(tmp_path / "a.dcm", series=one.series).axes for one in found]
+    assert shapes == ["DHW", "DHW"]
 
 
 def test_two_copies_of_an_enhanced_file_are_each_read_once(

@@ -95,13 +95,53 @@ def test_equal_images_give_equal_bytes(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.nii.gz", "b.nii.gz"]
 
 
-def test_a_picture_is_refused(tmp_path):
+def test_time_and_channels_are_the_fourth_and_fifth_axis(tmp_path):
+    pixels = torch.arange(2 * 3 * 4 * 5 * 6.0).reshape(2, 3, 4, 5, 6)
+    image = Image(
+        pixels=pixels,
+        axes="TDHW",
+        modality=Modality.MR,
+        affine=torch.diag(torch.tensor([2.0, 0.5, 0.8, 1.0], dtype=torch.float64))[[2, 1, 0, 3]],
+        frame="patient",
+        spacing=(2.0, 0.5, 0.8),
+        times_s=(0.0, 2.5, 5.0),
+    )
+    write_nifti(image, tmp_path / "a.nii.gz")
+    nifti = nibabel.load(tmp_path / "a.nii.gz")
+    assert nifti.shape == (6, 5, 4, 3, 2)
+    np.testing.assert_array_equal(nifti.get_fdata(), pixels.numpy().transpose(4, 3, 2, 1, 0))
+    assert nifti.header.get_zooms()[:4] == pytest.approx((0.8, 0.5, 2.0, 2.5))
+    assert nifti.header.get_xyzt_units() == ("mm", "sec")
+
+
+@pytest.mark.parametrize(
+    ("spacing", "zooms", "unit"), [((0.5, 0.8), (0.8, 0.5), "mm"), (None, (1, 1), "unknown")]
+)
+def test_a_picture_has_neither_form_and_the_spacing_that_is_known(tmp_path, spacing, zooms, unit):
     picture = Image(
-        pixels=torch.zeros(1, 4, 5),
+        pixels=torch.arange(20.0).reshape(1, 4, 5),
         axes="HW",
-        modality=Modality.PICTURE,
+        modality=Modality.XR,
         affine=pixel_affine(),
         frame="pixel",
+        spacing=spacing,
     )
-    with pytest.raises(ValueError, match="write_tiff"):
-        write_nifti(picture, tmp_path / "a.nii")
+    write_nifti(picture, tmp_path / "a.nii")
+    header = nibabel.load(tmp_path / "a.nii").header
+    assert (int(header["sform_code"]), int(header["qform_code"])) == (0, 0)
+    assert header["pixdim"][1:3] == pytest.approx(zooms)
+    assert header.get_xyzt_units()[0] == unit
+    assert tuple(header.get_data_shape()) == (5, 4, 1)
+
+
+def test_uneven_times_have_no_step(tmp_path):
+    cine = Image(
+        pixels=torch.zeros(1, 3, 4, 5),
+        axes="THW",
+        modality=Modality.US,
+        affine=pixel_affine(),
+        frame="pixel",
+        times_s=(0.0, 0.1, 0.5),
+    )
+    write_nifti(cine, tmp_path / "a.nii")
+    assert nibabel.load(tmp_path / "a.nii").header["pixdim"][4] == 0

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from medssl.data.augment import Augmentation
 from medssl.models.encoder import Encoder
 from medssl.objectives.joint_embedding.dino import DINO
 from medssl.training import Clock, TrainingPlan, cosine, train
+
+STILL = Augmentation(intensity_probability=0, noise_probability=0, blur_probability=0)
 
 
 class Flat(Encoder):
@@ -209,3 +212,17 @@ def test_without_centring_a_real_run_collapses_and_is_named(
     )
     verdict = result["verdict"] or ""
     assert verdict.startswith("collapsed") == collapses, (verdict, result["statistics"])
+
+
+def test_a_random_window_reaches_every_crop_and_is_off_by_default():
+    _, samples = DINO.example()
+    options = {"flip": 0.0, "augmentation": STILL}
+    wide, narrow = objective(**options), objective(**options, window_share=(0.25, 0.25))
+    before, after = (
+        dino.views(samples[3], torch.Generator().manual_seed(1)) for dino in (wide, narrow)
+    )
+    low, high = torch.aminmax(samples[3].images["image"].pixels)
+    for name, views in after.items():
+        ends = torch.isclose(views, low, atol=1e-5) | torch.isclose(views, high, atol=1e-5)
+        assert ends.float().mean() > 0.2  # what lies outside of the window
+        assert not torch.isclose(before[name], low, atol=1e-5).any()
