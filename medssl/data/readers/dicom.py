@@ -1,8 +1,9 @@
 """DICOM series and single DICOM objects as images (https://www.dicomstandard.org)."""
 
+import gc
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -18,7 +19,7 @@ from medssl.data.readers.dicom_directory import listed_files
 from medssl.data.readers.dicom_find import Found, find
 from medssl.data.readers.dicom_gaps import OnGap, filled
 from medssl.data.readers.dicom_geometry import is_sheared, line_of, volume_affine
-from medssl.data.readers.dicom_header import QUANTITATIVE, Header
+from medssl.data.readers.dicom_header import QUANTITATIVE, Header, quiet
 from medssl.data.readers.dicom_series import Series, times
 from medssl.data.readers.dicom_stack import OnDuplicate, SliceStack, one_of
 from medssl.data.readers.dicom_voi import Window, check_window
@@ -99,6 +100,8 @@ def read_dicom(
         voi_window=voi_window,
     )
     with ExitStack() as opened:
+        opened.enter_context(_uncollected())
+        opened.enter_context(quiet())
         single = path.is_file() and not is_archive(first_bytes(path, 262))
         if path.is_file() and not single:
             path = opened.enter_context(unpacked(path))
@@ -108,6 +111,18 @@ def read_dicom(
             if not _is_left_to(choices, problem):
                 raise problem
         return _load(found, chosen, choices, hashes=hashes)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the cyclic garbage collector, which would walk over all headers again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _files(path: Path) -> Iterable[Path]:

@@ -5,12 +5,12 @@ from typing import Any
 
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
-from pydicom.tag import BaseTag, Tag
+from pydicom.tag import Tag
 
 _MOST = 1 << 14  # values remembered
 _LONGEST = 128  # bytes; longer ones hardly repeat
 
-_TAGS: dict[Any, BaseTag] = {}
+_TAGS: dict[Any, int] = {}
 _CONVERTED: "OrderedDict[tuple[Any, ...], DataElement]" = OrderedDict()
 
 
@@ -24,6 +24,8 @@ class Elements:
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
         self._encoding = dataset.original_character_set
+        # by plain integers: pydicom's tags compare in Python, which is most of a lookup's time
+        self._raw = {int(tag): element for tag, element in dataset.items()}
 
     @property
     def transfer_syntax(self) -> str:
@@ -31,14 +33,14 @@ class Elements:
         return str(self.dataset.file_meta.TransferSyntaxUID.name)
 
     def __contains__(self, name: Any) -> bool:
-        return _tag(name) in self.dataset
+        return _tag(name) in self._raw
 
     def get(self, name: Any, otherwise: Any = None) -> Any:
         """The value, None of an empty element, `otherwise` of an absent one."""
         tag = _tag(name)
-        if tag not in self.dataset:
+        raw = self._raw.get(tag)
+        if raw is None:
             return otherwise
-        raw = self.dataset.get_item(tag)
         if (
             not isinstance(raw, RawDataElement)
             or raw.VR == "SQ"
@@ -55,9 +57,9 @@ class Elements:
         return found.value
 
 
-def _tag(name: Any) -> BaseTag:
+def _tag(name: Any) -> int:
     if name not in _TAGS:
         number = tag_for_keyword(name) if isinstance(name, str) else name
         assert number is not None, name
-        _TAGS[name] = Tag(number)
+        _TAGS[name] = int(Tag(number))
     return _TAGS[name]

@@ -142,8 +142,10 @@ def _is_one(value: Any) -> bool:
 
 
 def _frame(dataset: Any, index: int) -> Frame:
+    grouped = any(name in dataset for name in _GROUPS)
+
     def of(sequence: str) -> Any:
-        found = group(dataset, index, sequence)
+        found = group(dataset, index, sequence) if grouped else None
         return dataset if found is None else found
 
     measures = of("PixelMeasuresSequence")
@@ -156,8 +158,8 @@ def _frame(dataset: Any, index: int) -> Frame:
         position=numbers(of("PlanePositionSequence"), "ImagePositionPatient", 3),
         spacing=spacing or _ultrasound_spacing(dataset),
         thickness=next(iter(numbers(measures, "SliceThickness", 1) or ()), None),
-        stack=tuple(_stack_value(dataset, index, name) for name in STACK),
-        taken_s=_taken(dataset, index),
+        stack=tuple(_stack_value(dataset, index, name, grouped) for name in STACK),
+        taken_s=_taken(dataset, index, grouped),
     )
 
 
@@ -167,8 +169,8 @@ def segment_of(dataset: Any, frame: int) -> str:
     return "" if found is None else f"segment {found.get('ReferencedSegmentNumber')}"
 
 
-def _stack_value(dataset: Any, index: int, name: str) -> str:
-    if name in _IN_GROUPS:
+def _stack_value(dataset: Any, index: int, name: str, grouped: bool) -> str:
+    if grouped and name in _IN_GROUPS:
         sequence, entry = _IN_GROUPS[name]
         found = group(dataset, index, sequence)
         if found is not None and found.get(entry) is not None:
@@ -177,8 +179,8 @@ def _stack_value(dataset: Any, index: int, name: str) -> str:
     return "" if value is None else str(value)
 
 
-def _taken(dataset: Any, index: int) -> float | None:
-    content = group(dataset, index, "FrameContentSequence")
+def _taken(dataset: Any, index: int, grouped: bool) -> float | None:
+    content = group(dataset, index, "FrameContentSequence") if grouped else None
     if content is not None and content.get("FrameAcquisitionDateTime"):
         return _seconds_of_day(str(content.FrameAcquisitionDateTime)[8:])
     if dataset.get("AcquisitionDateTime"):

@@ -1,5 +1,6 @@
 """From slice positions and orientations (LPS) to one affine (RAS+), or the reason there is none."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,20 +21,22 @@ def sorted_slices(headers: Sequence[Header]) -> list[list[Header]]:
 
     The normal is row x column; file names and instance numbers play no part.
     """
-    normal = _normal(headers[0])
-    along = sorted(headers, key=lambda header: (float(normal @ _position(header)), header.path))
+    along = (_positions(headers) @ _normal(headers[0])).tolist()
+    ordered = sorted(zip(along, headers, strict=True), key=lambda one: (one[0], one[1].path))
     places: list[list[Header]] = []
-    for header in along:
-        if places and normal @ (_position(header) - _position(places[-1][0])) < _LEAST_MM:
+    first = -math.inf  # of the last place
+    for where, header in ordered:
+        if where - first < _LEAST_MM:
             places[-1].append(header)
         else:
             places.append([header])
+            first = where
     return places
 
 
 def line_of(slices: Sequence[Header]) -> Line:
     """Where the slices lie along their normal; slices sorted, one per position."""
-    positions = np.stack([_position(header) for header in slices])
+    positions = _positions(slices)
     return Line(positions, (positions - positions[0]) @ _normal(slices[0]))
 
 
@@ -94,11 +97,12 @@ def _normal(header: Header) -> NDArray:
     return np.cross(cosines[0], cosines[1]) / lengths.prod()
 
 
-def _position(header: Header) -> NDArray:
-    position = np.array(header.position, dtype=np.float64)
-    if not np.isfinite(position).all():
+def _positions(headers: Sequence[Header]) -> NDArray[np.float64]:
+    """(N, 3) mm (LPS)."""
+    positions = np.array([header.position for header in headers], dtype=np.float64)
+    if not np.isfinite(positions).all():
         raise InconsistentGeometryError("an image position is not finite; correct the header")
-    return position
+    return positions
 
 
 def _thickness(header: Header) -> float:

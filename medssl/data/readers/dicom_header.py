@@ -5,9 +5,10 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from medssl.data.modality import Modality, from_dicom
 from medssl.data.readers.dicom_elements import Elements
@@ -66,6 +67,7 @@ _TAGS = [
     *TAGS,
     *STACK,
 ]
+_IS_QUIET = ContextVar("_IS_QUIET", default=False)
 _MAY_SHOW_TEXT = frozenset({"US", "XA", "RF", "SC", "OT", "ES", "XC"})
 _HEAD = ("HEAD", "BRAIN", "SKULL", "FACE", "ORBIT", "SINUS", "JAW", "WHOLEBODY")
 _COMPONENTS = frozenset(
@@ -128,7 +130,7 @@ def is_dicom(start: bytes) -> bool:
     )  # fmt: skip
 
 
-def parse(source: Path | io.BytesIO, *, header_only: bool) -> Any:
+def parse(source: Path | BinaryIO, *, header_only: bool) -> Any:
     """pydicom's dataset. Raises NotDicomError and CorruptFileError."""
     import pydicom
 
@@ -157,9 +159,16 @@ def parse(source: Path | io.BytesIO, *, header_only: bool) -> Any:
 def quiet() -> Iterator[None]:
     """Without pydicom's warnings, which quote header values and paths."""
     logging.getLogger("pydicom").propagate = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    if _IS_QUIET.get():
         yield
+        return
+    token = _IS_QUIET.set(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        _IS_QUIET.reset(token)
 
 
 @quiet()
@@ -234,7 +243,7 @@ def _header(
         cine_s=frame.cine_s,
         burned_in_text=_burned_in_text(dataset, code),
         shows_head=_shows_head(dataset, code),
-        ultrasound_regions=ultrasound_regions(dataset),
+        ultrasound_regions=ultrasound_regions(dataset) if code == "US" else (),
         problem=problem or _problem(dataset, modality, frame),
     )
 

@@ -44,6 +44,12 @@ def remember(headers: Mapping[Key, Frames]) -> None:
         _NUM_FRAMES[0] -= max(1, len(dropped))
 
 
+def forget() -> None:
+    """As if no header had been read, to measure a first reading."""
+    _SEEN.clear()
+    _NUM_FRAMES[0] = 0
+
+
 def dicom_start(file: Path) -> bytes | None:
     """The first bytes of a DICOM file, zipped perhaps; None of any other."""
     try:

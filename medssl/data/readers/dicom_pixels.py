@@ -18,7 +18,7 @@ from medssl.data.readers.errors import (
     TruncatedPixelDataError,
     UnsupportedPhotometricError,
 )
-from medssl.data.readers.stored import file_sha256, read_bytes, unzipped
+from medssl.data.readers.stored import GZIP, file_sha256, opened, unzipped
 
 _PLUGINS = ("pyjpegls", "pylibjpeg", "pillow", "pydicom", "gdcm")
 """The first that serves decodes; gdcm is last because it ends the process over damaged JPEG-LS."""
@@ -75,11 +75,19 @@ class OpenObject:
     """
 
     def __init__(self, path: Path, *, hashes: bool) -> None:
-        content = read_bytes(path)
-        self.file_sha256 = file_sha256(content) if hashes else None
-        content = unzipped(content)
-        self.size = len(content)
-        self.dataset = parse(io.BytesIO(content), header_only=False)
+        self.file_sha256: str | None = None
+        with opened(path) as stream:
+            zipped = stream.read(2) == GZIP
+            stream.seek(0)
+            if not hashes and not zipped:  # pydicom reads what it needs, without a second copy
+                self.size = path.stat().st_size
+                self.dataset = parse(stream, header_only=False)
+            else:
+                content = stream.read()
+                self.file_sha256 = file_sha256(content) if hashes else None
+                content = unzipped(content)
+                self.size = len(content)
+                self.dataset = parse(io.BytesIO(content), header_only=False)
         self._header = Elements(self.dataset)
         self._sheet: NDArray | None = None  # of a mosaic
 
@@ -106,13 +114,13 @@ class OpenObject:
         slope = _number(rescale, "RescaleSlope", 1.0)
         intercept = _number(rescale, "RescaleIntercept", 0.0)
         ends = sorted((low * slope + intercept, high * slope + intercept))
-        inverted = _is_inverted(dataset)
+        inverted = _is_inverted(header)
         return Slice(
             stored=stored,
             slope=slope,
             intercept=intercept,
             mirror=low + high if inverted else None,
-            valid=_valid(dataset, stored),
+            valid=_valid(header, stored),
             value_range=(ends[0], ends[1]),
         )
 
@@ -274,7 +282,7 @@ def _padding(dataset: Any) -> tuple[int, int] | None:
 
 def _signed(dataset: Any, value: int) -> int:
     """Padding written as unsigned over signed pixels, which explicit VR files may do."""
-    bits = int(dataset.BitsAllocated)
+    bits = int(dataset.get("BitsAllocated"))
     if int(dataset.get("PixelRepresentation", 0)) and value >= 1 << bits - 1:
         return value - (1 << bits)
     return value

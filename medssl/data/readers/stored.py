@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,17 @@ from medssl.data.readers.errors import CorruptFileError, ReadError, UnsupportedF
 
 GZIP = b"\x1f\x8b"
 _EXACT = 1 << 24  # beyond this, float32 skips integers
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The file as a stream. Raises ReadError, without the path, where it cannot be opened."""
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise ReadError(f"the file cannot be opened: {error.strerror}") from None
+    with stream:
+        yield stream
 
 
 def read_bytes(path: Path) -> bytes:
