@@ -60,6 +60,8 @@ def _rows(entry: Entry) -> Iterator[dict[str, Any]]:
             yield _picture(entry)
         elif entry.kind == "nifti":
             yield _nifti(entry)
+        elif entry.kind == "points":
+            yield _points(entry)
         elif entry.volume is None or not entry.volume.shape:
             yield _damaged(entry)
         else:
@@ -86,6 +88,15 @@ def _nifti(entry: Entry) -> dict[str, Any]:
         spacing=header.spacing,
         orientation=orientation(header.affine),
     )
+
+
+def _points(entry: Entry) -> dict[str, Any]:
+    from medssl.data.readers.points import points_header
+
+    header = points_header(entry.path)
+    shape = (header.height, header.width) if header.height > 1 else (header.num_points,)
+    note = f"{'organized' if header.height > 1 else 'free'} points; their unit is not in the file"
+    return _row(entry, channels=3, shape=shape, notes=[note])
 
 
 def _damaged(entry: Entry) -> dict[str, Any]:

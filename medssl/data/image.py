@@ -88,13 +88,15 @@ class PointCloud:
 
     points: (P, 3) float32.
     unit: "m", "mm" or "unknown".
-    colors, normals: (P, 3) float32 or None.
+    colors, normals: (P, 3) float32 or None; colors in 0..1, normals as stored.
+    provenance: how the points came to be (reader, points left out, hashes, doubts).
     """
 
     points: Tensor
     unit: str
     colors: Tensor | None = None
     normals: Tensor | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("points", "colors", "normals"):

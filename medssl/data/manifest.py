@@ -10,13 +10,14 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from medssl.data.groups import read_groups
-from medssl.data.image import Image
+from medssl.data.image import Image, PointCloud
 from medssl.data.layouts.mvtec_ad import is_mvtec_ad, place_mvtec_ad
 from medssl.data.layouts.plain import Entry, Listing, find_images
 from medssl.data.modality import Modality
 from medssl.data.privacy import key_fingerprint, salted
 from medssl.data.readers.any import Kind, read_image
 from medssl.data.readers.errors import InconsistentGeometryError, ReadError
+from medssl.data.readers.points import read_points
 from medssl.data.readers.stored import read_text
 from medssl.data.sample import Sample
 from medssl.data.select import compile_selection
@@ -260,7 +261,9 @@ def with_groups(manifest: Manifest, spec: str, root: Path) -> Manifest:
 
 
 def load_sample(manifest: Manifest, item: Item, *, hashes: bool = False) -> Sample:
-    """Read an item and its mask, each on its own grid in one frame.
+    """Read an item with its mask and report; image and mask each on its own grid in one frame.
+
+    A free point cloud becomes `points` instead of an image.
 
     hashes: put `file_sha256` and `pixel_sha256` into the image's provenance.
 
@@ -268,22 +271,31 @@ def load_sample(manifest: Manifest, item: Item, *, hashes: bool = False) -> Samp
     lie on the image.
     """
     try:
-        image = read_image(Path(item.path), series=item.series, modality=_said(item), hashes=hashes)
+        given = _read(item, hashes=hashes)
         mask_item, report = manifest.mask_of(item), manifest.report_of(item)
         mask = None
-        if mask_item is not None:
-            mask = _on_image(read_image(Path(mask_item.path), series=mask_item.series), image)
+        if mask_item is not None and isinstance(given, Image):
+            mask = _on_image(read_image(Path(mask_item.path), series=mask_item.series), given)
+        text = None if report is None else read_text(Path(report.path))
     except ReadError as error:
         raise type(error)(f"item {item.item}: {error}") from error
     return Sample(
         item=item.item,
-        images={"image": image},
-        report=None if report is None else read_text(Path(report.path)),
+        images={"image": given} if isinstance(given, Image) else {},
+        points=given if isinstance(given, PointCloud) else None,
+        report=text,
         label=item.label,
         mask=mask,
         group=item.group,
         study=item.study,
     )
+
+
+def _read(item: Item, *, hashes: bool) -> Image | PointCloud:
+    if item.kind == "points":
+        return read_points(Path(item.path), hashes=hashes)
+    path, series = Path(item.path), item.series
+    return read_image(path, series=series, modality=_said(item), hashes=hashes)
 
 
 def _said(item: Item) -> Modality | None:

@@ -72,6 +72,8 @@ class Preprocessing:
 
     def sample(self, sample: Sample) -> Sample:
         """The sample with its image preprocessed and its mask on the same grid."""
+        if "image" not in sample.images:
+            raise ValueError("a free point cloud has no picture to preprocess; leave it out")
         image = self(sample.images["image"])
         mask = sample.mask
         if mask is not None:

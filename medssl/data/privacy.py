@@ -4,8 +4,30 @@ import hashlib
 import hmac
 import os
 import secrets
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+PROVENANCE = frozenset(
+    {
+        *("reader", "transfer_syntax", "codec", "file_sha256", "pixel_sha256", "modality"),
+        *("objects_skipped", "files_skipped", "duplicates_dropped", "slices_missing"),
+        *("slice_positions_mm", "on_gap", "on_duplicate", "resample_tilt", "voi_window"),
+        *("sheared", "inverted", "varies", "burned_in_text", "shows_face", "ultrasound_regions"),
+        *("affine_from", "qform_differs_mm", "alpha", "converted_from", "rotated_deg"),
+        *("format", "encoding", "missing", "duplicates", "extent_suspicious"),
+    }
+)
+"""All that a reader may tell of an image beside its pixels and geometry."""
+
+
+def leaving(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What leaves a reader; it is an error of ours where a name is not on the list."""
+    unknown = sorted(set(provenance) - PROVENANCE)
+    if unknown:
+        raise RuntimeError(f"metadata {unknown} are not on the list of what may leave a reader")
+    return dict(provenance)
 
 
 def salted(value: str, *, length: int = 12) -> str:

@@ -3,6 +3,8 @@ import stat
 import subprocess
 import sys
 
+import pytest
+
 from medssl.data import privacy
 
 
@@ -53,3 +55,12 @@ def test_a_broken_key_file_is_named(tmp_path, monkeypatch):
         assert "too short to be a key" in str(error)  # noqa: PT017
     else:
         raise AssertionError("a short key was accepted")
+
+
+def test_metadata_that_is_not_on_the_list_does_not_leave_a_reader():
+    assert privacy.leaving({"reader": "dicom", "sheared": True}) == {
+        "reader": "dicom",
+        "sheared": True,
+    }
+    with pytest.raises(RuntimeError, match="SeriesDescription"):
+        privacy.leaving({"reader": "dicom", "SeriesDescription": "Knee of Mr Miller"})

@@ -26,6 +26,9 @@ SUFFIXES: dict[str, Kind] = {
     ".nii.gz": "nifti",
     ".dcm": "dicom",
     ".ima": "dicom",
+    ".ply": "points",
+    ".pcd": "points",
+    ".xyz": "points",
 }
 """What a file claims to be; asked only where its content says nothing."""
 

@@ -29,8 +29,8 @@ class Elements:
 
     @property
     def transfer_syntax(self) -> str:
-        """Its name, such as "JPEG 2000 Image Compression"."""
-        return str(self.dataset.file_meta.TransferSyntaxUID.name)
+        """Its name, such as "JPEG 2000 Image Compression"; a private one is not quoted."""
+        return syntax_name(self.dataset.file_meta.TransferSyntaxUID)
 
     def __contains__(self, name: Any) -> bool:
         return _tag(name) in self._raw
@@ -55,6 +55,11 @@ class Elements:
             if len(_CONVERTED) > _MOST:
                 _CONVERTED.popitem(last=False)
         return found.value
+
+
+def syntax_name(syntax: Any) -> str:
+    """The standard's name of a transfer syntax."""
+    return "private" if syntax.name == syntax else str(syntax.name)
 
 
 def _tag(name: Any) -> int:

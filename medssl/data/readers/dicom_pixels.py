@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medssl.data.readers.dicom_elements import Elements
+from medssl.data.readers.dicom_elements import Elements, syntax_name
 from medssl.data.readers.dicom_frames import transformation
 from medssl.data.readers.dicom_header import is_quantitative, parse
 from medssl.data.readers.dicom_voi import Curve, header_window
@@ -235,7 +235,8 @@ def _plugin(dataset: Any) -> str:
         decoder = get_decoder(syntax)
     except NotImplementedError:
         raise MissingDecoderError(
-            f"nothing decodes {syntax.name}; convert the series to another transfer syntax"
+            f"nothing decodes {syntax_name(syntax)} pixels; convert the series to another transfer "
+            "syntax"
         ) from None
     if not decoder.is_available:
         raise MissingDecoderError(

@@ -34,10 +34,9 @@ class Series:
     per spatial axis or None. orientation: RAS letters per array axis (d, h, w), or None. varies:
     what tells time points apart, in DICOM's keywords. series: the salted id to choose it by, of the
     series UID and the first of its instance UIDs. color: pixels are RGB. sheared: the gantry was
-    tilted. burned_in_text:
-    "declared" or "possible" where pixels may show who the patient is. shows_face: a volume of the
-    head, from which a face could be rendered. ultrasound_regions: as of `Header`. problems: why it cannot be read, as far as headers
-    tell.
+    tilted. burned_in_text: "declared" or "possible" where pixels may show who the patient is.
+    shows_face: a volume of the head, from which a face could be rendered. ultrasound_regions: as of
+    `Header`. problems: why it cannot be read, as far as headers tell.
     """
 
     volumes: tuple[tuple[Place, ...], ...] = field(repr=False)

@@ -31,11 +31,10 @@ def check_window(window: Window | None) -> None:
 
 def given_window(window: Window, modality: Modality) -> Curve:
     """The curve of a name or of numbers: 0 at centre - width / 2, 1 at centre + width / 2."""
-    if isinstance(window, str):
-        if modality is not Modality.CT:
-            raise ValueError(
-                f"the window {window!r} is in HU, and this is {modality}; give (centre, width)"
-            )
+    if isinstance(window, str) and modality is not Modality.CT:
+        raise ValueError(
+            f"the window {window!r} is in HU, and this is {modality}; give (centre, width)"
+        )
     center, width = ct_window(window)
     return _linear(center - width / 2, width)
 

@@ -35,6 +35,10 @@ class NoPixelDataError(ReadError):
     """A DICOM object without an image."""
 
 
+class EmptyCloudError(ReadError):
+    """A cloud or depth picture without one measured point."""
+
+
 class UnsupportedPhotometricError(ReadError):
     """A colour space or pixel layout that has no reader yet."""
 

@@ -19,7 +19,8 @@ def write_nifti(
     2D image gets one slice. Of an image in the patient frame the affine goes into the sform and
     the qform with code 1; a sheared one only into the sform, since a qform cannot hold it. Any
     other image has no place in a patient: both codes are 0, and its spacing is in pixdim, whose
-    unit is mm, or unknown where nobody knows the spacing. The time step is in seconds, 0 where it varies or is unknown.
+    unit is mm, or unknown where nobody knows the spacing. The time step is in seconds, 0 where it
+    varies or is unknown.
     dtype "uint8" is for masks and refuses what is not an integer from 0 to 255.
     The file appears whole or not at all, and equal images give equal bytes.
     """

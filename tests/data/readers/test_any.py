@@ -7,8 +7,10 @@ import numpy as np
 import pydicom
 import pytest
 import tifffile
+import trimesh
 from PIL import Image as Pillow
 
+from medssl.data.manifest import build_manifest, load_sample
 from medssl.data.modality import Modality
 from medssl.data.readers.any import read_image, sniff
 from medssl.data.readers.errors import CorruptFileError, UnsupportedFormatError
@@ -102,3 +104,32 @@ def test_an_ultrasound_is_cut_to_the_regions_its_header_declares(
     np.testing.assert_array_equal(
         crop_ultrasound(image).pixels[0].numpy(), np.arange(80).reshape(8, 10)[1:7, 3:10]
     )
+
+
+def test_points_are_found_by_content_and_become_points_or_an_image(tmp_path):
+    cloud = trimesh.PointCloud(np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 10]]))
+    (tmp_path / "free.bin").write_bytes(cloud.export(file_type="ply"))
+    grid = "VERSION .7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\nWIDTH 2\nHEIGHT 2\n"
+    rows = "DATA ascii\n1 0 5\n2 0 5\n0 0 0\n2 1 6\n"
+    (tmp_path / "grid.dat").write_text(grid + rows)
+    with pytest.raises(UnsupportedFormatError, match="free points"):
+        read_image(tmp_path / "free.bin")
+    image = read_image(tmp_path / "grid.dat", unit="mm")
+    assert (image.modality, image.units, image.channels) == (Modality.DEPTH, "mm", ("x", "y", "z"))
+    assert image.valid.tolist() == [[True, True], [False, True]]
+    manifest = build_manifest(tmp_path)
+    samples = [load_sample(manifest, item) for item in manifest.images]
+    assert [item.kind for item in manifest.images] == ["points", "points"]
+    assert samples[0].points.points.tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 10]]
+    assert samples[1].images["image"].modality is Modality.DEPTH
+
+
+def test_a_picture_of_three_float_channels_is_xyz_when_it_is_given_so(tmp_path):
+    xyz = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float32)
+    xyz[1, 2] = 0
+    tifffile.imwrite(tmp_path / "a.tiff", xyz, photometric="rgb")
+    assert read_image(tmp_path / "a.tiff").modality is Modality.PICTURE
+    image = read_image(tmp_path / "a.tiff", modality=Modality.DEPTH, unit="m")
+    assert (image.frame, image.units, image.provenance["modality"]) == ("sensor", "m", "given")
+    assert not image.valid[1, 2]
+    assert image.valid.sum() == 19
