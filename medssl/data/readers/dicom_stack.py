@@ -29,7 +29,7 @@ class SliceStack:
     opened: objects that were parsed before.
     window, modality: what the values are shown through, instead of kept in their unit.
 
-    Raises ValueError for a named window of another modality.
+    Raises UnsupportedFormatError for a named window and another modality than CT.
     """
 
     def __init__(

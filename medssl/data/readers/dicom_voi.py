@@ -30,9 +30,12 @@ def check_window(window: Window | None) -> None:
 
 
 def given_window(window: Window, modality: Modality) -> Curve:
-    """The curve of a name or of numbers: 0 at centre - width / 2, 1 at centre + width / 2."""
+    """The curve of a name or of numbers: 0 at centre - width / 2, 1 at centre + width / 2.
+
+    Raises UnsupportedFormatError for a name, which is in HU, and another modality than CT.
+    """
     if isinstance(window, str) and modality is not Modality.CT:
-        raise ValueError(
+        raise UnsupportedFormatError(
             f"the window {window!r} is in HU, and this is {modality}; give (centre, width)"
         )
     center, width = ct_window(window)
