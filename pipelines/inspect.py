@@ -82,11 +82,22 @@ def _nifti(entry: Entry) -> dict[str, Any]:
     from medssl.data.readers.nifti import nifti_header
 
     header = nifti_header(entry.path)
+    notes = []
+    if header.qform_differs_mm is not None:
+        notes.append(
+            f"sform and qform put a corner {header.qform_differs_mm:g} mm apart; the sform counts"
+        )
+    if header.affine_from == "none":
+        notes.append("neither sform nor qform is set: the volume has no known place in a patient")
+    if header.sheared:
+        notes.append("the axes are sheared against each other")
     return _row(
         entry,
+        channels=header.channels,
         shape=header.shape,
         spacing=header.spacing,
-        orientation=orientation(header.affine),
+        orientation=None if header.affine_from == "none" else orientation(header.affine),
+        notes=notes,
     )
 
 

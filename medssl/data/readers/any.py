@@ -14,7 +14,8 @@ from medssl.data.readers.dicom_header import is_dicom
 from medssl.data.readers.dicom_stack import OnDuplicate
 from medssl.data.readers.dicom_voi import Window
 from medssl.data.readers.errors import ReadError, UnsupportedFormatError
-from medssl.data.readers.nifti import is_nifti, read_nifti
+from medssl.data.readers.nifti import read_nifti
+from medssl.data.readers.nifti_header import is_nifti
 from medssl.data.readers.organized import as_organized
 from medssl.data.readers.picture import JPEG, PNG, read_picture
 from medssl.data.readers.points import is_xyz_name, points_kind, read_points

@@ -1,168 +1,171 @@
-"""NIfTI-1 and NIfTI-2 volumes (https://nifti.nimh.nih.gov), single file, plain or gzipped."""
+"""NIfTI-1 and NIfTI-2 (https://nifti.nimh.nih.gov), plain or gzipped, in one file or two."""
 
 import gzip
+import hashlib
 import io
+import math
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from medssl.data.image import Image
 from medssl.data.modality import Modality
-from medssl.data.readers.errors import (
-    CorruptFileError,
-    InconsistentGeometryError,
-    ReadError,
-    UnsupportedFormatError,
+from medssl.data.readers.errors import CorruptFileError, UnsupportedFormatError
+from medssl.data.readers.nifti_header import (
+    HEADER_BYTES,
+    NiftiHeader,
+    in_two_files,
+    parse_header,
 )
-from medssl.data.readers.stored import decoding, file_sha256, pixel_sha256, read_bytes, to_float32
+from medssl.data.readers.stored import (
+    GZIP,
+    combined_sha256,
+    decoding,
+    first_bytes,
+    opened,
+    pixel_sha256,
+    to_float32,
+)
 
-_HEADER_BYTES = 544  # NIfTI-2's header and the four extension bytes
-_MM = {"unknown": 1.0, "mm": 1.0, "meter": 1e3, "micron": 1e-3}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NiftiHeader:
-    """What the header alone says, in the order of our arrays.
-
-    shape: (D, H, W) or (H, W). affine: (4, 4), RAS+ mm. affine_from: "sform" or "qform".
-    """
-
-    shape: tuple[int, ...]
-    affine: Tensor
-    spacing: tuple[float, ...]
-    affine_from: str
+_TRAILING_BYTES = 1 << 20  # that may follow the voxels of a gzipped file
 
 
 def read_nifti(path: Path, *, hashes: bool = False) -> Image:
-    """A volume in the patient frame: NIfTI's (i, j, k) become (w, h, d).
+    """A volume, or several over time, NIfTI's (i, j, k, t, c) as (c, t, k, j, i).
 
-    The sform is the affine where its code says it is set, else the qform. scl_slope and scl_inter
-    are applied in float32. NaN and infinite voxels are kept and marked invalid.
-    Raises CorruptFileError, UnsupportedFormatError (4D, RGB, complex, two-file NIfTI) and
-    InconsistentGeometryError (neither form set, or a broken one).
+    The sform is the affine where its code says it is set, else the qform; `provenance` tells which,
+    and by how many mm they differ. Where neither is set, the volume has no place in a patient: it
+    lies in the pixel frame, with the spacing of pixdim where that has a unit. The fourth axis is
+    time, NaN in `times_s` where the header gives no step in seconds, the fifth channels; RGB and
+    RGBA become three channels, and voxels of alpha 0 are invalid. scl_slope and scl_inter are
+    applied in float64. NaN and infinite voxels are kept and marked invalid.
+    Raises CorruptFileError, UnsupportedFormatError and InconsistentGeometryError.
     """
-    content = read_bytes(path)
-    nifti = _parse(_unzipped(content))
-    header = _described(nifti)
-    with decoding("the volume"):  # most often it ends before the header says
-        stored = np.asarray(nifti.dataobj.get_unscaled())
-    stored = stored.reshape(header.shape[::-1]).T  # (d, h, w)
-    pixels = np.ascontiguousarray(to_float32(stored))
-    slope, inter = nifti.dataobj.slope, nifti.dataobj.inter
-    if (slope, inter) != (1, 0):
-        pixels = pixels * np.float32(slope) + np.float32(inter)
+    header = nifti_header(path)
+    with decoding("the volume"):
+        stored, visible = _channels(_voxels(_voxel_file(path), header), header)
+        pixels = torch.from_numpy(_scaled(stored, header))
     provenance: dict[str, Any] = {"reader": "nifti", "affine_from": header.affine_from}
+    provenance |= {
+        name: value for name in ("qform_differs_mm", "sheared") if (value := getattr(header, name))
+    }
+    if visible is not None:
+        provenance["alpha"] = "mask"
     if hashes:
-        provenance["file_sha256"] = file_sha256(content)
-        provenance["pixel_sha256"] = pixel_sha256(stored[None])
-    tensor = torch.from_numpy(pixels)[None]
-    finite = tensor[0].isfinite()
+        files = {path, _voxel_file(path)}
+        provenance["file_sha256"] = combined_sha256([_file_sha256(file) for file in files])
+        provenance["pixel_sha256"] = pixel_sha256(stored)
     return Image(
-        pixels=tensor,
-        axes="DHW"[-len(header.shape) :],
+        pixels=pixels,
+        axes=header.axes,
         modality=Modality.UNKNOWN,
         affine=header.affine,
-        frame="patient",
+        frame="pixel" if header.affine_from == "none" else "patient",
         spacing=header.spacing,
-        valid=None if finite.all() else finite,
+        valid=_valid(pixels, header, visible),
+        times_s=header.times_s,
+        channels=("red", "green", "blue") if header.dtype.names else (),
+        value_range=(0.0, 255.0) if header.dtype.names else None,
         provenance=provenance,
     )
 
 
 def nifti_header(path: Path) -> NiftiHeader:
     """The header alone, without reading the voxels; raises what `read_nifti` raises about it."""
-    return _described(_parse(nifti_start(path)))
+    return parse_header(first_bytes(path, HEADER_BYTES))
 
 
-def nifti_start(path: Path, length: int = _HEADER_BYTES) -> bytes:
-    """The first bytes of a file, unzipped where it is gzipped; fewer where it is damaged."""
+def _voxel_file(path: Path) -> Path:
+    """The file itself, or the .img beside a .hdr."""
+    if not in_two_files(first_bytes(path, HEADER_BYTES)):
+        return path
+    name = path.name.lower()
+    stem = path.name[: name.rfind(".hdr")] if ".hdr" in name else path.stem
+    beside = (path.with_name(stem + ending) for ending in (".img", ".img.gz", ".IMG"))
+    found = next((file for file in beside if file.is_file()), None)
+    if found is None:
+        raise UnsupportedFormatError(
+            "this header's voxels lie in a second file of the same name ending in .img, which is "
+            "not there; copy both"
+        )
+    return found
+
+
+def _voxels(file: Path, header: NiftiHeader) -> NDArray:
+    """(C, [T], [D], H, W) as stored; a plain file is mapped and not read."""
+    with opened(file) as stream:
+        zipped = stream.read(2) == GZIP
+    needed = header.offset + header.num_bytes
+    if not zipped:
+        have = file.stat().st_size
+        if have < needed:
+            raise CorruptFileError(
+                f"the header asks for {needed} bytes and the file has {have}; copy it again"
+            )
+        return np.memmap(file, header.dtype, "r", header.offset, header.stored_shape)
+    content = _unzipped(file, needed)
+    return np.frombuffer(
+        content, header.dtype, math.prod(header.stored_shape), header.offset
+    ).reshape(header.stored_shape)
+
+
+def _unzipped(file: Path, needed: int) -> bytes:
+    """As many bytes as the header announces, however many the stream would give."""
     try:
-        with path.open("rb") as stream:
-            start = stream.read(2)
-            stream.seek(0)
-            if start != b"\x1f\x8b":
-                return stream.read(length)
-            try:
-                with gzip.GzipFile(fileobj=stream) as unzipped:
-                    return unzipped.read(length)
-            except (EOFError, zlib.error, gzip.BadGzipFile):
-                return b""
-    except OSError as error:
-        raise ReadError(f"the file cannot be opened: {error.strerror}") from None
-
-
-def is_nifti(start: bytes) -> bool:
-    """Whether unzipped bytes begin a NIfTI-1 or NIfTI-2 header, of one file or two."""
-    return start[344:348] in (b"n+1\0", b"ni1\0") or start[4:8] in (b"n+2\0", b"ni2\0")
-
-
-def _unzipped(content: bytes) -> bytes:
-    if content[:2] != b"\x1f\x8b":
-        return content
-    try:
-        return gzip.decompress(content)
+        with gzip.open(file) as stream:
+            content = stream.read(needed)
+            rest = stream.read(_TRAILING_BYTES + 1)  # to its end, where the checksum is
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise CorruptFileError(
             "the gzip stream is truncated or damaged; copy the file again"
         ) from error
-
-
-@decoding("the NIfTI header")
-def _parse(content: bytes) -> Any:
-    """The nibabel image over unzipped bytes; its voxels are not touched."""
-    import nibabel
-
-    if content[344:348] == b"ni1\0" or content[4:8] == b"ni2\0":
-        raise UnsupportedFormatError(
-            "NIfTI in two files (.hdr and .img) is not supported; convert it to one .nii.gz"
+    if len(content) < needed or len(rest) > _TRAILING_BYTES:
+        more = len(content) + len(rest)
+        raise CorruptFileError(
+            f"the header asks for {needed} bytes and the gzip stream has "
+            f"{'over ' if len(rest) > _TRAILING_BYTES else ''}{more}; copy the file again"
         )
-    if not is_nifti(content):
-        raise CorruptFileError("the file does not begin with a whole NIfTI header; copy it again")
-    kind = nibabel.Nifti2Image if content[4:8] == b"n+2\0" else nibabel.Nifti1Image
-    return kind.from_stream(io.BytesIO(content))
+    return content
 
 
-@decoding("the NIfTI header")
-def _described(nifti: Any) -> NiftiHeader:
-    shape = tuple(int(n) for n in nifti.shape)
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if nifti.get_data_dtype().kind not in "biuf":
-        raise UnsupportedFormatError(
-            "RGB and complex NIfTI are not supported; save one real number per voxel"
-        )
-    if len(shape) not in (2, 3):
-        raise UnsupportedFormatError(
-            f"NIfTI with {len(shape)} axes is not supported, only one volume or slice; "
-            "split it into volumes"
-        )
-    if min(shape) < 1:
-        raise CorruptFileError(f"the header gives the shape {shape}; copy the file again")
-    affine, source = _affine(nifti.header)
-    spacing = affine[:3, :3].norm(dim=0).tolist()[-len(shape) :]
-    return NiftiHeader(shape=shape[::-1], affine=affine, spacing=tuple(spacing), affine_from=source)
+def _channels(stored: NDArray, header: NiftiHeader) -> tuple[NDArray, NDArray[np.bool_] | None]:
+    """Colors as the first axis, and where alpha is not 0; None where nothing is transparent."""
+    if not header.dtype.names:
+        return stored, None
+    red, green, blue, *alpha = (stored[0][name] for name in header.dtype.names)
+    visible = alpha[0] > 0 if alpha and (alpha[0] < 255).any() else None
+    return np.stack([red, green, blue]), visible
 
 
-def _affine(header: Any) -> tuple[Tensor, str]:
-    """(4, 4) from the array index (d, h, w) to RAS+ mm, and which form it came from."""
-    if int(header["sform_code"]) > 0:
-        matrix, source = header.get_sform(), "sform"
-    elif int(header["qform_code"]) > 0:
-        matrix, source = header.get_qform(), "qform"
-    else:
-        raise InconsistentGeometryError(
-            "the header sets neither sform nor qform, so the volume has no known place; set one, "
-            "for example with nibabel's image.set_sform(affine, code=1)"
-        )
-    affine = torch.from_numpy(np.array(matrix, dtype=np.float64))[:, [2, 1, 0, 3]]
-    affine[:3] *= _MM.get(header.get_xyzt_units()[0], 1.0)
-    if not affine.isfinite().all() or torch.linalg.matrix_rank(affine[:3, :3]) < 3:
-        raise InconsistentGeometryError(
-            f"the {source} is not a finite invertible matrix; correct the header"
-        )
-    return affine, source
+def _scaled(stored: NDArray, header: NiftiHeader) -> NDArray[np.float32]:
+    """Values in the file's unit, a writable copy; computed in float64 by pieces, then rounded."""
+    if header.dtype.names or (header.slope, header.inter) == (1, 0):
+        values = to_float32(stored)
+        return np.array(values) if np.may_share_memory(values, stored) else values
+    if stored.dtype.kind not in "biuf":
+        raise UnsupportedFormatError("only real numbers can be scaled; save the volume anew")
+    values = np.empty(stored.shape, dtype=np.float32)
+    source, target = (a.reshape(-1, *a.shape[-2:]) for a in (stored, values))
+    with np.errstate(over="ignore"):
+        for piece, out in zip(source, target, strict=True):
+            out[:] = piece.astype(np.float64) * header.slope + header.inter
+    return values
+
+
+def _valid(
+    pixels: torch.Tensor, header: NiftiHeader, visible: NDArray[np.bool_] | None
+) -> torch.Tensor | None:
+    """([D], H, W) bool: finite in every channel and at every time, and not transparent."""
+    finite = pixels.isfinite().all(0)
+    usable = finite if visible is None else finite & torch.from_numpy(visible)
+    usable = usable.all(0) if "T" in header.axes else usable
+    return None if usable.all() else usable
+
+
+def _file_sha256(path: Path) -> str:
+    with opened(path) as stream:
+        return hashlib.file_digest(cast(io.BufferedReader, stream), "sha256").hexdigest()

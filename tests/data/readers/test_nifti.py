@@ -74,9 +74,147 @@ def test_the_sform_wins_and_the_qform_serves_where_it_is_alone(tmp_path):
     assert (both.provenance["affine_from"], alone.provenance["affine_from"]) == ("sform", "qform")
 
 
-def test_a_volume_without_any_form_is_refused_with_what_to_do(tmp_path):
-    with pytest.raises(InconsistentGeometryError, match="set_sform"):
-        read_image(saved(tmp_path / "a.nii", sform=0, qform=0))
+def test_a_volume_without_any_form_lies_in_its_own_grid(tmp_path):
+    path = tmp_path / "a.nii"
+    image = nibabel.Nifti1Image(ARRAY, None)
+    image.header.set_xyzt_units("mm")
+    image.header.set_zooms((0.5, 0.75, 3))
+    nibabel.save(image, path)
+    read = read_image(path)
+    assert (read.frame, read.spacing) == ("pixel", (3.0, 0.75, 0.5))
+    assert torch.equal(read.affine, torch.eye(4, dtype=torch.float64))
+    assert read.provenance["affine_from"] == "none"
+    image.header.set_xyzt_units("unknown")
+    nibabel.save(image, path)
+    assert read_image(path).spacing is None  # a number without a unit is no spacing
+
+
+def test_forms_that_differ_are_told_with_the_distance(tmp_path):
+    image = nibabel.Nifti1Image(ARRAY, None)
+    image.set_sform(np.diag([2.0, 2, 2, 1]), code=1)
+    moved = np.diag([2.0, 2, 2, 1])
+    moved[:3, 3] = [3, 4, 0]
+    image.set_qform(moved, code=1)
+    nibabel.save(image, tmp_path / "a.nii")
+    assert read_image(tmp_path / "a.nii").provenance["qform_differs_mm"] == 5.0
+    image.set_qform(np.diag([2.0, 2, 2, 1]), code=1)
+    nibabel.save(image, tmp_path / "b.nii")
+    assert "qform_differs_mm" not in read_image(tmp_path / "b.nii").provenance
+
+
+def test_a_sheared_sform_is_kept_and_told(tmp_path):
+    affine = np.array([[1.0, 0, 0.3, 5], [0, 1, 0, 6], [0, 0, 2, 7], [0, 0, 0, 1]])
+    image = read_image(saved(tmp_path / "a.nii", affine=affine))
+    np.testing.assert_allclose(image.affine.numpy(), in_our_order(affine), atol=1e-6)
+    assert image.provenance["sheared"] is True
+
+
+@pytest.mark.parametrize(("code", "value"), [("sform", np.nan), ("sform", 0.0), ("qform", np.nan)])
+def test_a_form_that_is_no_matrix_is_refused(tmp_path, code, value):
+    path = saved(tmp_path / "a.nii", sform=2 if code == "sform" else 0, qform=1)
+    content = bytearray(path.read_bytes())
+    start = 280 if code == "sform" else 256  # srow_x, or quatern_b
+    content[start : start + 12] = np.full(3, value, "<f4").tobytes()
+    path.write_bytes(content)
+    with pytest.raises(InconsistentGeometryError):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("unit", "step", "expected"),
+    [
+        ("sec", 2.5, 2.5),
+        ("msec", 720, 0.72),
+        ("usec", 5e5, 0.5),
+        ("sec", 0, None),
+        (8 + 24, 3, None),
+    ],
+)
+def test_the_fourth_axis_is_time(tmp_path, unit, step, expected):
+    array = np.arange(4 * 5 * 6 * 3, dtype=np.int16).reshape(4, 5, 6, 3)
+    image = nibabel.Nifti1Image(array, AFFINE)
+    image.header.set_xyzt_units("mm", unit)
+    image.header["pixdim"][4] = step
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    read = read_image(tmp_path / "a.nii.gz")
+    assert read.axes == "TDHW"
+    np.testing.assert_array_equal(read.pixels[0].numpy(), array.T)
+    if expected is None:
+        assert np.isnan(read.times_s).all()
+    else:
+        assert read.times_s == pytest.approx((0, expected, 2 * expected))
+
+
+def test_the_fifth_axis_is_channels(tmp_path):
+    array = np.random.default_rng(0).normal(size=(4, 5, 6, 1, 3)).astype(np.float32)
+    read = read_image(saved(tmp_path / "a.nii", array))
+    assert read.axes == "DHW"
+    np.testing.assert_array_equal(read.pixels.numpy(), array[:, :, :, 0].T)
+    array = np.random.default_rng(0).normal(size=(4, 5, 6, 2, 3)).astype(np.float32)
+    read = read_image(saved(tmp_path / "b.nii", array))
+    assert read.axes == "TDHW"
+    np.testing.assert_array_equal(read.pixels.numpy(), array.T)
+
+
+def test_colors_are_channels_and_transparent_voxels_invalid(tmp_path):
+    colors = np.random.default_rng(0).integers(0, 256, (4, 5, 6, 3), dtype=np.uint8)
+    rgb = np.zeros((4, 5, 6), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    rgba = np.zeros((4, 5, 6), [("R", "u1"), ("G", "u1"), ("B", "u1"), ("A", "u1")])
+    for index, name in enumerate("RGB"):
+        rgb[name] = rgba[name] = colors[..., index]
+    read = read_image(saved(tmp_path / "a.nii", rgb))
+    np.testing.assert_array_equal(read.pixels.numpy(), colors.transpose(3, 2, 1, 0))
+    assert (read.value_range, read.valid) == ((0, 255), None)
+    rgba["A"] = 255
+    assert read_image(saved(tmp_path / "b.nii", rgba)).valid is None
+    rgba["A"][1, 2, 3] = 0
+    read = read_image(saved(tmp_path / "c.nii", rgba))
+    assert (~read.valid).nonzero().tolist() == [[3, 2, 1]]
+    assert read.provenance["alpha"] == "mask"
+
+
+def test_scaling_is_computed_before_it_is_rounded(tmp_path):
+    array = np.array([[[2**31 - 1, -(2**31), 7]]], np.int32)
+    image = nibabel.Nifti1Image(array, AFFINE)
+    nibabel.save(image, tmp_path / "a.nii")
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[112:120] = np.array([1e-9, 0.1], "<f4").tobytes()
+    (tmp_path / "a.nii").write_bytes(content)
+    expected = nibabel.load(tmp_path / "a.nii").get_fdata().astype(np.float32)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.nii").pixels[0].numpy(), expected.T)
+
+
+@pytest.mark.parametrize("endings", [(".hdr", ".img"), (".hdr.gz", ".img.gz")])
+def test_a_header_finds_its_voxels_beside_it(tmp_path, endings):
+    nibabel.save(nibabel.Nifti1Pair(ARRAY, AFFINE), tmp_path / f"a{endings[1]}")
+    header = tmp_path / f"a{endings[0]}"
+    read = read_image(header, hashes=True)
+    np.testing.assert_array_equal(read.pixels[0].numpy(), ARRAY.T)
+    np.testing.assert_allclose(read.affine.numpy(), in_our_order(AFFINE), atol=1e-6)
+    (tmp_path / f"a{endings[1]}").unlink()
+    with pytest.raises(UnsupportedFormatError, match="second file"):
+        read_image(header)
+
+
+def test_a_gzip_that_holds_far_more_than_its_header_says_is_refused(tmp_path):
+    content = saved(tmp_path / "a.nii").read_bytes()
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(content + bytes(5 << 20)))
+    with pytest.raises(CorruptFileError, match="over"):
+        read_image(tmp_path / "a.nii.gz")
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(content + b"a remark"))
+    np.testing.assert_array_equal(read_image(tmp_path / "b.nii.gz").pixels[0].numpy(), ARRAY.T)
+
+
+def test_a_plain_file_is_not_held_in_memory_twice(tmp_path):
+    import tracemalloc
+
+    path = saved(tmp_path / "a.nii", np.zeros((128, 128, 64), np.int16))
+    read_image(path)
+    tracemalloc.start()
+    image = read_image(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.5 * 4 * image.pixels.numel()
 
 
 def test_meters_become_millimeters(tmp_path):
@@ -138,13 +276,11 @@ def test_large_integers_that_float32_cannot_hold_are_refused(tmp_path):
         read_image(saved(tmp_path / "a.nii", lossy))
 
 
-RGB = np.zeros((4, 5, 6), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
-
-
-@pytest.mark.parametrize("array", [np.zeros((4, 5, 6, 2), np.int16), RGB, ARRAY.astype("c8")])
-def test_more_than_one_number_per_voxel_is_refused(tmp_path, array):
-    with pytest.raises(UnsupportedFormatError, match="one"):
-        read_image(saved(tmp_path / "a.nii", array))
+def test_complex_numbers_and_a_sixth_axis_are_refused_by_name(tmp_path):
+    with pytest.raises(UnsupportedFormatError, match="complex"):
+        read_image(saved(tmp_path / "a.nii", ARRAY.astype("c8")))
+    with pytest.raises(UnsupportedFormatError, match="6 axes"):
+        read_image(saved(tmp_path / "b.nii", np.zeros((2, 2, 2, 2, 2, 2), np.int16)))
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
