@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 from torch.utils.data import Subset
 
+from medssl.data.cache import DecodedCache
 from medssl.data.dataset import PreparedSamples
 from medssl.data.domain import learn_domain
 from medssl.data.image import Image
@@ -38,6 +39,7 @@ def pretrain(
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     workers: int | None = None,
+    cache: Path | None = None,
 ) -> dict[str, Any]:
     """Pretrain an encoder on unlabelled images and save it as an encoder folder.
 
@@ -59,6 +61,8 @@ def pretrain(
         device: auto, cpu or cuda.
         precision: auto, fp32 or bf16; auto is bf16 on a GPU that has it.
         workers: processes that make views; the result does not depend on them. Auto by default.
+        cache: a folder for prepared images, which later epochs and later runs map into memory
+            instead of decoding them again; it holds pixels, and at most 64 GiB.
     """
     arguments = locals()
     if out.exists() and resume:
@@ -70,7 +74,8 @@ def pretrain(
     work = _work_folder(out)
     with recorded("pretrain", arguments) as run:
         run.manifest(manifest)
-        samples = PreparedSamples(manifest, items, preprocessing, hashes=True)
+        kept = None if cache is None else DecodedCache(cache)
+        samples = PreparedSamples(manifest, items, preprocessing, hashes=True, cache=kept)
         rows, domain = _readable(samples)
         with progress(plan.clock(plan.steps).total_samples, "pretraining") as bar:
             result = train(

@@ -1,12 +1,14 @@
 """Items of a manifest as preprocessed samples, read when asked for."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from medssl.data.manifest import Item, Manifest, load_sample
+from medssl.data.cache import DecodedCache, Prepared, cache_key
+from medssl.data.manifest import Item, Manifest, annotated, files_of, load_sample
 from medssl.data.preprocess import Preprocessing
 from medssl.data.sample import Sample
 
@@ -21,7 +23,9 @@ class PreparedSamples(Sequence[Sample]):
     hashes: compute the hashes of every item read; `pixel_hashes` remembers, per item, those that
         this process has read (a loader's workers have a memory of their own; there the hash
         travels in `sample.images["image"].provenance["pixel_sha256"]`).
-    on_read: called with each sample as it was read, before preprocessing.
+    on_read: called with each sample as it was read, before preprocessing; of one that comes out of
+        the cache, with NaN for every pixel.
+    cache: prepared images on disk; what lies there is mapped and not kept in memory.
 
     Indexing raises ReadError as `load_sample` does.
     """
@@ -35,6 +39,7 @@ class PreparedSamples(Sequence[Sample]):
         keep_bytes: int = 2 << 30,
         hashes: bool = False,
         on_read: Callable[[Sample], None] | None = None,
+        cache: DecodedCache | None = None,
     ) -> None:
         self.manifest = manifest
         self.items = tuple(items)
@@ -42,6 +47,7 @@ class PreparedSamples(Sequence[Sample]):
         self.keep_bytes = keep_bytes
         self.hashes = hashes
         self.on_read = on_read
+        self.cache = cache
         self.pixel_hashes: dict[str, str] = {}
         self._kept: dict[int, Sample] = {}
         self._kept_bytes = 0
@@ -68,15 +74,47 @@ class PreparedSamples(Sequence[Sample]):
         return {**self.__dict__, "_kept": {}, "_kept_bytes": 0}
 
     def _prepare(self, item: Item) -> Sample:
-        sample = load_sample(self.manifest, item, hashes=self.hashes)
+        source, sample = self._from_cache(item) or self._decoded(item)
         if self.hashes:
-            self.pixel_hashes[item.item] = sample.images["image"].provenance["pixel_sha256"]
+            self.pixel_hashes[item.item] = source.images["image"].provenance["pixel_sha256"]
         if self.on_read is not None:
-            self.on_read(sample)
-        return self.preprocessing.sample(sample)
+            self.on_read(source)
+        return sample
+
+    def _decoded(self, item: Item) -> tuple[Sample, Sample]:
+        """The sample as it was read, and as it was prepared; the second is kept in the cache."""
+        source = load_sample(self.manifest, item, hashes=self.hashes)
+        sample = self.preprocessing.sample(source)
+        if self.cache is not None:
+            image, mask = sample.images["image"], sample.mask
+            prepared = Prepared(image=image, mask=mask, source=source.images["image"])
+            self.cache.put(self._key(item), prepared)
+        return source, sample
+
+    def _from_cache(self, item: Item) -> tuple[Sample, Sample] | None:
+        found = None if self.cache is None else self.cache.get(self._key(item))
+        if found is None:
+            return None
+        known = annotated(self.manifest, item)
+        source = replace(known, images={"image": found.source})
+        return source, replace(known, images={"image": found.image}, mask=found.mask)
+
+    def _key(self, item: Item) -> str:
+        """Raises ReadError where a file is not there."""
+        mask = self.manifest.mask_of(item)
+        files = [file for one in (item, mask) if one is not None for file in files_of(one)]
+        return cache_key(
+            files,
+            series=[item.series, mask and mask.series],
+            modality=item.modality,
+            preprocessing=self.preprocessing.to_dict(),
+            hashes=self.hashes,
+        )
 
     def _keep(self, index: int, sample: Sample) -> bool:
         worker = get_worker_info()
+        if self.cache is not None:
+            return False
         allowed = self.keep_bytes // (worker.num_workers if worker else 1)
         size = _bytes(sample)
         if self._kept_bytes + size > allowed:

@@ -272,23 +272,39 @@ def load_sample(manifest: Manifest, item: Item, *, hashes: bool = False) -> Samp
     """
     try:
         given = _read(item, hashes=hashes)
-        mask_item, report = manifest.mask_of(item), manifest.report_of(item)
+        mask_item = manifest.mask_of(item)
         mask = None
         if mask_item is not None and isinstance(given, Image):
             mask = _on_image(read_image(Path(mask_item.path), series=mask_item.series), given)
+    except ReadError as error:
+        raise type(error)(f"item {item.item}: {error}") from error
+    return replace(
+        annotated(manifest, item),
+        images={"image": given} if isinstance(given, Image) else {},
+        points=given if isinstance(given, PointCloud) else None,
+        mask=mask,
+    )
+
+
+def annotated(manifest: Manifest, item: Item) -> Sample:
+    """What the manifest says of an item, and its report, without image and mask.
+
+    Raises ReadError, naming the item, where the report cannot be read.
+    """
+    report = manifest.report_of(item)
+    try:
         text = None if report is None else read_text(Path(report.path))
     except ReadError as error:
         raise type(error)(f"item {item.item}: {error}") from error
-    return Sample(
-        item=item.item,
-        images={"image": given} if isinstance(given, Image) else {},
-        points=given if isinstance(given, PointCloud) else None,
-        report=text,
-        label=item.label,
-        mask=mask,
-        group=item.group,
-        study=item.study,
-    )
+    return Sample(item=item.item, report=text, label=item.label, group=item.group, study=item.study)
+
+
+def files_of(item: Item) -> list[Path]:
+    """The files behind an item. Raises ReadError, naming the item, where they are not there."""
+    path = Path(item.path)
+    if not path.exists():
+        raise ReadError(f"item {item.item}: its file is not there; build the manifest again")
+    return [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
 
 
 def _read(item: Item, *, hashes: bool) -> Image | PointCloud:
