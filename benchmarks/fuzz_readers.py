@@ -5,18 +5,19 @@
 Mutants of DICOM (slices, multi-frame, cine, five packings), NIfTI, PCD, PLY, TIFF, PNG and zip
 files, made from seeds. Prints one JSON line: how many were read, how many refused by which error,
 and the failures: any other exception, a process that died, over 10 s, or over 2 GiB of memory. A
-mutant is made again with --only SEED.
+mutant is made again with --seed SEED --until SEED+1.
 """
 
 import argparse
 import collections
 import json
-import multiprocessing
 import resource
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from medssl.data.synthetic.sample_files import sample_files
 
 SECONDS = 10.0
 MEMORY_KIB = 2 << 20
-_BATCH = 50
+_BATCH = 250
 
 
 def main() -> None:
@@ -34,22 +35,17 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", type=int)
+    parser.add_argument("--until", type=int, help="only these seeds, a line each")
     given = parser.parse_args()
-    if given.only is not None:
-        print(json.dumps(outcome(given.only)))
+    if given.until is not None:
+        for seed in range(given.seed, given.until):
+            print(json.dumps(outcome(seed)), flush=True)
         return
-    seeds = range(given.seed, given.seed + given.files)
-    batches = [list(seeds[i : i + _BATCH]) for i in range(0, len(seeds), _BATCH)]
-    told: list[dict[str, Any]] = []
+    ends = range(given.seed, given.seed + given.files, _BATCH)
+    batches = [(start, min(start + _BATCH, given.seed + given.files)) for start in ends]
     started = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
-        pending = [(batch, pool.apply_async(outcomes, (batch,))) for batch in batches]
-        for batch, result in pending:
-            try:
-                told += result.get(timeout=SECONDS * _BATCH)
-            except multiprocessing.TimeoutError:
-                told.append({"seed": batch[0], "failure": "a process died or hung in this batch"})
+    with ThreadPoolExecutor(given.workers) as pool:
+        told = [one for part in pool.map(lambda ends: batch(*ends), batches) for one in part]
     refused = collections.Counter(one["refused"] for one in told if "refused" in one)
     print(
         json.dumps(
@@ -66,9 +62,23 @@ def main() -> None:
     )
 
 
-def outcomes(seeds: list[int]) -> list[dict[str, Any]]:
-    """In one process, one after the other."""
-    return [outcome(seed) for seed in seeds]
+def batch(start: int, stop: int) -> list[dict[str, Any]]:
+    """Outcomes of the seeds, in processes that may die: the next one goes on behind."""
+    told: list[dict[str, Any]] = []
+    while start < stop:
+        command = [sys.executable, __file__, "--seed", str(start), "--until", str(stop)]
+        limit = SECONDS * (stop - start)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+            lines, end = done.stdout, f"the process ended with {done.returncode}"
+        except subprocess.TimeoutExpired as error:
+            lines, end = (error.stdout or b"").decode(), "the process hung"
+        told += [json.loads(line) for line in lines.splitlines()]
+        start = told[-1]["seed"] + 1 if lines else start
+        if start < stop:
+            told.append({"seed": start, "kind": mutant(start)[0], "failure": end})
+            start += 1
+    return told
 
 
 def outcome(seed: int) -> dict[str, Any]:

@@ -114,12 +114,13 @@ def _damaged(entry: Entry) -> dict[str, Any]:
     """A DICOM file or archive that does not open, or whose name alone says DICOM."""
     if entry.volume is not None:
         return _row(entry, problems=list(entry.volume.problems))
-    from medssl.data.readers.archive import members
+    from medssl.data.readers.archive import members, unpacking
     from medssl.data.readers.dicom_header import read_headers
 
     read_headers(entry.path)
-    for _ in members(entry.path):
-        pass
+    with unpacking():
+        for stream in members(entry.path):
+            stream.read()
     raise ReadError("the file is named as DICOM and does not begin like it; copy it again")
 
 

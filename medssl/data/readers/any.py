@@ -7,7 +7,7 @@ from typing import Literal
 from medssl.data.image import Image, PointCloud
 from medssl.data.modality import Modality
 from medssl.data.privacy import leaving
-from medssl.data.readers.archive import is_archive, members
+from medssl.data.readers.archive import is_archive, members, unpacking
 from medssl.data.readers.dicom import read_dicom
 from medssl.data.readers.dicom_gaps import OnGap
 from medssl.data.readers.dicom_header import is_dicom
@@ -130,6 +130,7 @@ def _given(image: Image, modality: Modality) -> Image:
 def _packs_dicom(path: Path) -> bool:
     """Whether an archive holds a DICOM file; one that cannot be opened holds none."""
     try:
-        return any(is_dicom(stream.read(132)) for stream in members(path))
+        with unpacking():
+            return any(is_dicom(stream.read(132)) for stream in members(path))
     except ReadError:
         return False

@@ -30,11 +30,18 @@ def members(path: Path) -> Iterator[IO[bytes]]:
 
     Raises CorruptFileError, and UnsupportedFormatError for encrypted members.
     """
-    try:
+    with unpacking():
         if zipfile.is_zipfile(path):
             yield from _of_zip(path)
         else:
             yield from _of_tar(path)
+
+
+@contextmanager
+def unpacking() -> Iterator[None]:
+    """Turn what unpacking raises into ReadErrors, also where a member's stream is read."""
+    try:
+        yield
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError) as e:
         raise CorruptFileError("the archive is damaged or incomplete; copy it again") from e
     except OSError as error:
@@ -52,11 +59,12 @@ def unpacked(path: Path) -> Iterator[Path]:
     """
     allowed = min(_MAX_BYTES, max(_FREE_BYTES, _MAX_RATIO * path.stat().st_size))
     with tempfile.TemporaryDirectory(prefix="medssl-") as folder:
-        for index, stream in enumerate(members(path)):
-            if index >= _MAX_MEMBERS:
-                raise CorruptFileError(f"the archive has over {_MAX_MEMBERS} files; unpack it")
-            with Path(folder, f"{index:06}").open("wb") as file:
-                allowed -= _copied(stream, file, allowed)
+        with unpacking():
+            for index, stream in enumerate(members(path)):
+                if index >= _MAX_MEMBERS:
+                    raise CorruptFileError(f"the archive has over {_MAX_MEMBERS} files; unpack it")
+                with Path(folder, f"{index:06}").open("wb") as file:
+                    allowed -= _copied(stream, file, allowed)
         yield Path(folder)
 
 

@@ -20,6 +20,7 @@ HEADER_BYTES = 544  # NIfTI-2's header and the four extension bytes
 _MM = {"unknown": 1.0, "mm": 1.0, "meter": 1e3, "micron": 1e-3}
 _SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
 _TOLERANCE_MM = 1e-3
+_MOST_TIMES = 1 << 20  # more is taken for a damaged header
 _SHEAR = 1.7e-3  # cosine between axes: 0.1 degree
 
 
@@ -126,6 +127,8 @@ def _axes(shape: tuple[int, ...]) -> tuple[str, int, tuple[int, ...]]:
         raise CorruptFileError(f"the header gives the shape {shape}; copy the file again")
     if len(shape) < 4:
         return "DHW"[-len(shape) :], 1, shape[::-1]
+    if shape[3] > _MOST_TIMES:
+        raise CorruptFileError(f"the header announces {shape[3]} volumes; copy the file again")
     channels = shape[4] if len(shape) == 5 else 1
     if shape[3] == 1:
         return "DHW", channels, shape[2::-1]
