@@ -62,6 +62,8 @@ def _rows(entry: Entry) -> Iterator[dict[str, Any]]:
             yield _nifti(entry)
         elif entry.kind == "points":
             yield _points(entry)
+        elif entry.kind == "video":
+            yield _video(entry)
         elif entry.volume is None or not entry.volume.shape:
             yield _damaged(entry)
         else:
@@ -108,6 +110,15 @@ def _points(entry: Entry) -> dict[str, Any]:
     shape = (header.height, header.width) if header.height > 1 else (header.num_points,)
     note = f"{'organized' if header.height > 1 else 'free'} points; their unit is not in the file"
     return _row(entry, channels=3, shape=shape, notes=[note])
+
+
+def _video(entry: Entry) -> dict[str, Any]:
+    from medssl.data.readers.video import video_header
+
+    header = video_header(entry.path)
+    count = () if header.num_frames is None else (header.num_frames,)
+    notes = [] if count else ["the number of frames is not announced"]
+    return _row(entry, channels=header.channels, shape=(*count, *header.shape), notes=notes)
 
 
 def _damaged(entry: Entry) -> dict[str, Any]:

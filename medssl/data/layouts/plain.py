@@ -29,6 +29,11 @@ SUFFIXES: dict[str, Kind] = {
     ".ply": "points",
     ".pcd": "points",
     ".xyz": "points",
+    ".mp4": "video",
+    ".mov": "video",
+    ".mkv": "video",
+    ".webm": "video",
+    ".avi": "video",
 }
 """What a file claims to be; asked only where its content says nothing."""
 

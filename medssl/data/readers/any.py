@@ -22,10 +22,11 @@ from medssl.data.readers.points import is_xyz_name, points_kind, read_points
 from medssl.data.readers.points_stored import Unit
 from medssl.data.readers.stored import first_bytes
 from medssl.data.readers.tiff import is_tiff
+from medssl.data.readers.video import is_video, read_video
 
-Kind = Literal["dicom", "nifti", "picture", "points"]
+Kind = Literal["dicom", "nifti", "picture", "points", "video"]
 
-KNOWN = "DICOM, NIfTI (.nii, .nii.gz), PNG, JPEG, TIFF, PLY, PCD and .xyz"
+KNOWN = "DICOM, NIfTI (.nii, .nii.gz), PNG, JPEG, TIFF, PLY, PCD, .xyz and films"
 _START_BYTES = 544
 _FREE = frozenset({Modality.UNKNOWN, Modality.OTHER, Modality.PICTURE})
 """What a given modality may replace; a header's word stands."""
@@ -45,6 +46,8 @@ def sniff(path: Path) -> Kind | None:
         return "nifti"
     if points_kind(start) or is_xyz_name(path):  # XYZ text has no mark, and is asked for by name
         return "points"
+    if is_video(start):
+        return "video"
     if is_dicom(start) or (is_archive(start) and _packs_dicom(path)):
         return "dicom"
     return "nifti" if not start and path.name.lower().endswith(".nii.gz") else None
@@ -108,6 +111,8 @@ def _read(path: Path, kind: Kind, unit: Unit | None, hashes: bool) -> Image:
         return read_nifti(path, hashes=hashes)
     if kind == "picture":
         return read_picture(path, hashes=hashes)
+    if kind == "video":
+        return read_video(path, hashes=hashes)
     points = read_points(path, unit=unit, hashes=hashes)
     if isinstance(points, PointCloud):
         raise UnsupportedFormatError(
