@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -95,13 +96,13 @@ def video_header(path: Path) -> VideoHeader:
 
 @contextmanager
 def _container(path: Path) -> Iterator[Any]:
-    try:
-        import av
-        import av.logging
-    except ImportError:
+    if find_spec("av") is None:
         raise MissingDecoderError(
             "films need PyAV, which is not installed; pip install medssl[video]"
-        ) from None
+        )
+    import av
+    import av.logging
+
     av.logging.set_level(av.logging.PANIC)  # ffmpeg would print paths
     with opened(path) as content, decoding("the film"), av.open(content) as container:
         yield container
