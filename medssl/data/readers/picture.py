@@ -1,6 +1,7 @@
 """PNG, JPEG and TIFF pictures with their stored values: 16 bits stay 16 bits, grey stays grey."""
 
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from medssl.data.readers.tiff import is_tiff, read_tiff, tiff_shape
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
 
-_CHANNELS = {"1": 1, "L": 1, "LA": 1, "I;16": 1, "I;16B": 1, "RGB": 3, "RGBA": 3}
+_CHANNELS = {"1": 1, "L": 1, "LA": 1, "I;16": 1, "I;16B": 1, "RGB": 3, "RGBA": 3, "CMYK": 3}
 
 
 def read_picture(path: Path, *, hashes: bool = False) -> Image:
@@ -27,26 +28,34 @@ def read_picture(path: Path, *, hashes: bool = False) -> Image:
 
     Pixels are the stored numbers and `value_range` what their type can hold: (0, 255), (0, 65535),
     None for floats. One-bit pictures become 0 and 255. A palette gives RGB, or grey where it holds
-    only greys. An alpha channel is dropped where it is opaque everywhere, and refused otherwise.
-    The EXIF orientation is applied. TIFF: one page, any number of channels.
+    only greys, CMYK gives RGB. Alpha is left out: where it is 0 the pixel is invalid, and where it
+    is partial the stored color counts. The EXIF orientation is applied. TIFF: one page, any number
+    of channels.
     Raises CorruptFileError and UnsupportedFormatError.
     """
     content = read_bytes(path)
-    stored = read_tiff(content) if is_tiff(content) else _read_png_or_jpeg(content)
-    stored = np.ascontiguousarray(stored)  # (C, H, W)
     provenance: dict[str, Any] = {"reader": "picture"}
+    if is_tiff(content):
+        stored, visible = read_tiff(content)
+    else:
+        stored, visible = _read_png_or_jpeg(content, provenance)
+    stored = np.ascontiguousarray(stored)  # (C, H, W)
+    if visible is not None and not visible.all():
+        provenance["alpha"] = "mask"
     if hashes:
         provenance["file_sha256"] = file_sha256(content)
         provenance["pixel_sha256"] = pixel_sha256(stored)
     pixels = torch.from_numpy(to_float32(stored))
-    finite = pixels.isfinite().all(0)
+    usable = pixels.isfinite().all(0)
+    if visible is not None:
+        usable &= torch.from_numpy(np.ascontiguousarray(visible))
     return Image(
         pixels=pixels,
         axes="HW",
         modality=Modality.PICTURE,
         affine=pixel_affine(),
         frame="pixel",
-        valid=None if finite.all() else finite,
+        valid=None if usable.all() else usable,
         value_range=_value_range(stored.dtype),
         provenance=provenance,
     )
@@ -71,19 +80,23 @@ def picture_shape(path: Path) -> tuple[int, int, int]:
 
 
 @decoding("the picture")
-def _read_png_or_jpeg(content: bytes) -> NDArray:
-    """(C, H, W) uint8 or uint16."""
+def _read_png_or_jpeg(
+    content: bytes, provenance: dict[str, Any]
+) -> tuple[NDArray, NDArray[np.bool_] | None]:
+    """(C, H, W) uint8 or uint16, and (H, W) where alpha is not 0; None without alpha."""
     with _opened(io.BytesIO(content)) as picture:
         channels = _channels(picture, content)
         if content.startswith(PNG) and content[24] == 16 and content[25] != 0:
             return _without_alpha(_png_16_bit(content), channels)  # Pillow would drop 8 bits
         picture = ImageOps.exif_transpose(picture)
-        if "transparency" in picture.info:
-            if picture.mode.startswith("I"):
-                raise UnsupportedFormatError(
-                    "a 16-bit picture with a transparent grey is not supported; save it without"
-                )
+        clear = picture.info.get("transparency")
+        if clear is not None and picture.mode.startswith("I"):  # one grey of 16 bits
+            return np.asarray(picture)[None], np.asarray(picture) != clear
+        if clear is not None:
             picture = picture.convert("RGBA")
+        elif picture.mode == "CMYK":
+            provenance["converted_from"] = "CMYK"
+            picture = picture.convert("RGB")
         elif picture.mode == "P":
             picture = picture.convert("RGB")
         elif picture.mode == "1":
@@ -124,18 +137,15 @@ def _png_16_bit(content: bytes) -> NDArray[np.uint16]:
     from torchvision.io import ImageReadMode, decode_png
 
     encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    return decode_png(encoded, mode=ImageReadMode.UNCHANGED).numpy()
+    with warnings.catch_warnings():  # it is to move to another package; the versions are pinned
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return decode_png(encoded, mode=ImageReadMode.UNCHANGED).numpy()
 
 
-def _without_alpha(stored: NDArray, channels: int) -> NDArray:
-    """(C, H, W) with `channels` channels; a last one beyond these and RGB is alpha."""
-    if len(stored) in (2, 4):
-        if (stored[-1] != np.iinfo(stored.dtype).max).any():
-            raise UnsupportedFormatError(
-                "the picture is transparent in places; flatten it onto a background first"
-            )
-        stored = stored[:-1]
-    return stored[:channels]  # a grey palette was expanded to three equal channels
+def _without_alpha(stored: NDArray, channels: int) -> tuple[NDArray, NDArray[np.bool_] | None]:
+    """(C, H, W) of `channels` channels; a last one beyond these and RGB is alpha."""
+    visible = stored[-1] != 0 if len(stored) in (2, 4) else None
+    return stored[:channels], visible  # a grey palette was expanded to three equal channels
 
 
 def _value_range(dtype: np.dtype) -> tuple[float, float] | None:

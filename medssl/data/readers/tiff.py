@@ -1,6 +1,7 @@
 """TIFF pictures of one page: 8, 16 and 32 bits, floats, any number of channels."""
 
 import io
+import logging
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -12,7 +13,8 @@ from medssl.data.readers.stored import decoding
 _STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MAX_VALUES = 1 << 30  # more is taken for a damaged header
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
-_ALPHA = (1, 2)  # ExtraSamples: associated and unassociated alpha
+_ASSOCIATED = 1  # of ExtraSamples
+_ALPHA = (_ASSOCIATED, 2)
 
 
 def is_tiff(start: bytes) -> bool:
@@ -21,10 +23,11 @@ def is_tiff(start: bytes) -> bool:
 
 
 @decoding("the TIFF")
-def read_tiff(content: bytes) -> NDArray:
-    """(C, H, W) in the stored type, upright; an opaque alpha channel is dropped.
+def read_tiff(content: bytes) -> tuple[NDArray, NDArray[np.bool_] | None]:
+    """(C, H, W) in the stored type, upright, and (H, W) where alpha is not 0; None without alpha.
 
-    White-is-zero pictures are inverted, one-bit pictures become 0 and 255.
+    White-is-zero pictures are inverted, one-bit pictures become 0 and 255. Colors that were
+    multiplied by a partial alpha are refused.
     """
     with _opened(io.BytesIO(content)) as tiff:
         page = _only_page(tiff)
@@ -41,7 +44,7 @@ def read_tiff(content: bytes) -> NDArray:
             stored = _inverted(stored, page)
         if page.bitspersample == 1:
             stored = stored.astype(np.uint8) * np.uint8(255)
-        return _upright(_opaque(stored, page), _orientation(page))
+        return _without_alpha(_upright(stored, _orientation(page)), page)
 
 
 @decoding("the TIFF header")
@@ -59,6 +62,8 @@ def tiff_shape(stream: BinaryIO) -> tuple[int, int, int]:
 def _opened(stream: BinaryIO) -> Any:
     import tifffile
 
+    logging.getLogger("tifffile").propagate = False  # its warnings quote what stands in tags
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())
     return tifffile.TiffFile(stream)
 
 
@@ -77,7 +82,7 @@ def _only_page(tiff: Any) -> Any:
     return page
 
 
-def _by_pillow(content: bytes, page: Any) -> NDArray:
+def _by_pillow(content: bytes, page: Any) -> tuple[NDArray, NDArray[np.bool_] | None]:
     """(C, H, W) of palettes, JPEG colors and LZW, with 8 bits, or 16 and one channel."""
     from PIL import Image as Pillow
     from PIL import ImageOps
@@ -95,7 +100,7 @@ def _by_pillow(content: bytes, page: Any) -> NDArray:
             f"{page.compression.name}, is not supported; save it uncompressed as grey or RGB"
         )
     stored = np.atleast_3d(array).transpose(2, 0, 1)
-    return _opaque(stored, page) if mode == "RGBA" else stored
+    return _without_alpha(stored, page) if mode == "RGBA" else (stored, None)
 
 
 def _channels_first(stored: NDArray, axes: str) -> NDArray:
@@ -126,15 +131,17 @@ def _has_alpha(page: Any) -> bool:
     return bool(page.extrasamples) and page.extrasamples[-1] in _ALPHA
 
 
-def _opaque(stored: NDArray, page: Any) -> NDArray:
+def _without_alpha(stored: NDArray, page: Any) -> tuple[NDArray, NDArray[np.bool_] | None]:
     if not _has_alpha(page):
-        return stored
+        return stored, None
+    *_, alpha = stored
     opaque = np.iinfo(stored.dtype).max if stored.dtype.kind in "ui" else 1
-    if (stored[-1] != opaque).any():
+    if page.extrasamples[-1] == _ASSOCIATED and ((alpha != 0) & (alpha != opaque)).any():
         raise UnsupportedFormatError(
-            "the picture is transparent in places; flatten it onto a background first"
+            "the colors of the TIFF were multiplied by a partial alpha; save it with unassociated "
+            "alpha, or flatten it onto a background"
         )
-    return stored[:-1]
+    return stored[:-1], alpha != 0
 
 
 def _orientation(page: Any) -> int:
