@@ -1,6 +1,7 @@
 """DICOM series and single DICOM objects as images (https://www.dicomstandard.org)."""
 
 import gc
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -127,9 +128,18 @@ def _uncollected() -> Iterator[None]:
 
 def _files(path: Path) -> Iterable[Path]:
     if path.is_dir():
-        return (file for file in path.rglob("*") if file.is_file())
+        return _regular_files(path)
     listed = listed_files(path)
     return [path] if listed is None else listed
+
+
+def _regular_files(folder: Path) -> Iterator[Path]:
+    """Of a folder and its subfolders; no pipes, and no links that lead nowhere."""
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _regular_files(Path(entry.path))
+        elif entry.is_file():
+            yield Path(entry.path)
 
 
 def _is_left_to(choices: Choices, problem: Exception) -> bool:

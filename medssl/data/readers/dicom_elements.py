@@ -24,6 +24,7 @@ class Elements:
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
         self._encoding = dataset.original_character_set
+        self._encoding_name = str(self._encoding)
         # by plain integers: pydicom's tags compare in Python, which is most of a lookup's time
         self._raw = {int(tag): element for tag, element in dataset.items()}
 
@@ -47,7 +48,7 @@ class Elements:
             or len(raw.value or b"") > _LONGEST
         ):
             return self.dataset[tag].value
-        key = (tag, raw.VR, raw.value, raw.is_little_endian, str(self._encoding))
+        key = (tag, raw.VR, raw.value, raw.is_little_endian, self._encoding_name)
         found = _CONVERTED.get(key)
         if found is None:
             found = convert_raw_data_element(raw, encoding=self._encoding, ds=self.dataset)

@@ -83,7 +83,7 @@ def _look(
         return None, None
     whole = _opened(file, hashes=hashes) if keep else None
     if whole is not None:
-        frames = tuple(headers_of(file, whole.dataset, any_object=any_object))
+        frames = tuple(headers_of(file, whole.header, any_object=any_object))
     else:
         zipped = start.startswith(GZIP)
         frames = tuple(read_headers(file, any_object=any_object, zipped=zipped))

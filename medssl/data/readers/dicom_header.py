@@ -180,14 +180,13 @@ def read_headers(path: Path, *, any_object: bool = False, zipped: bool = False) 
     zipped: the file is gzipped.
     """
     source = io.BytesIO(unzipped(read_bytes(path))) if zipped else path
-    return headers_of(path, parse(source, header_only=True), any_object=any_object)
+    return headers_of(path, Elements(parse(source, header_only=True)), any_object=any_object)
 
 
 @quiet()
 @decoding("the DICOM header")
-def headers_of(path: Path, parsed: Any, *, any_object: bool = False) -> list[Header]:
-    """As `read_headers`, of what `parse` gave."""
-    dataset = Elements(parsed)
+def headers_of(path: Path, dataset: Elements, *, any_object: bool = False) -> list[Header]:
+    """As `read_headers`, of an object that was parsed."""
     code = str(dataset.get("Modality", "") or "")
     if "Rows" not in dataset or (code in _NOT_IMAGES and not any_object):
         return []

@@ -88,7 +88,7 @@ class OpenObject:
                 content = unzipped(content)
                 self.size = len(content)
                 self.dataset = parse(io.BytesIO(content), header_only=False)
-        self._header = Elements(self.dataset)
+        self.header = Elements(self.dataset)
         self._sheet: NDArray | None = None  # of a mosaic
 
     def slice(self, frame: int, tile: tuple[int, int] | None = None) -> Slice:
@@ -96,7 +96,7 @@ class OpenObject:
 
         MONOCHROME1 is to be inverted unless the values measure something.
         """
-        dataset, header = self.dataset, self._header
+        dataset, header = self.dataset, self.header
         photometric = str(header.get("PhotometricInterpretation", ""))
         stored = self._tile(frame, tile) if tile else self._decoded(frame)
         if photometric == "PALETTE COLOR":
@@ -126,10 +126,10 @@ class OpenObject:
 
     def window(self, frame: int) -> Curve:
         """How the header wants a frame shown."""
-        return header_window(self._header, frame)
+        return header_window(self.header, frame)
 
     def _decoded(self, frame: int) -> NDArray:
-        plain = _plain(self._header, frame)
+        plain = _plain(self.header, frame)
         return _decoded(self.dataset, frame) if plain is None else plain
 
     def _tile(self, index: int, size: tuple[int, int]) -> NDArray:

@@ -180,7 +180,7 @@ def test_a_transparent_grey_of_16_bits_marks_its_pixels(tmp_path):
     (tmp_path / "a.png").write_bytes(content[:at] + chunk + content[at:])
     image = read_image(tmp_path / "a.png")
     np.testing.assert_array_equal(image.pixels[0].numpy(), GREY16)
-    np.testing.assert_array_equal(~image.valid.numpy(), GREY16 == GREY16[3, 2])
+    np.testing.assert_array_equal(~image.valid.numpy(), GREY16[3, 2] == GREY16)
 
 
 def test_a_transparent_color_of_a_palette_marks_its_pixels(tmp_path):
