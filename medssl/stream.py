@@ -90,9 +90,12 @@ def workers_for(workers: int | None) -> int:
     return workers
 
 
-def generator_for(seed: int, epoch: int, item: str) -> torch.Generator:
-    """A random generator that depends on these three alone."""
-    return torch.Generator().manual_seed(_number(f"{seed}/{epoch}/{item}") & (2**63 - 1))
+def generator_for(seed: int, epoch: int, index: int | str) -> torch.Generator:
+    """A random generator that depends on these three alone.
+
+    index: of a sample, not its id: ids are salted, and a training must not depend on the key.
+    """
+    return torch.Generator().manual_seed(_number(f"{seed}/{epoch}/{index}") & (2**63 - 1))
 
 
 class _ViewsOf(Dataset[tuple[Sample, dict[str, Tensor]]]):
@@ -104,7 +107,7 @@ class _ViewsOf(Dataset[tuple[Sample, dict[str, Tensor]]]):
     def __getitem__(self, at: tuple[int, int]) -> tuple[Sample, dict[str, Tensor]]:
         epoch, index = at
         sample = self.samples[index]
-        views = self.views(sample, generator_for(self.seed, epoch, sample.item))
+        views = self.views(sample, generator_for(self.seed, epoch, index))
         return replace(sample, images={}, points=None, mask=None), views
 
 

@@ -160,6 +160,8 @@ def _notes(volume: Series) -> list[str]:
     if volume.burned_in_text is not None:
         said = "is declared" if volume.burned_in_text == "declared" else "cannot be ruled out"
         notes.append(f"text in the pixels {said}; it may name the patient")
+    if volume.doubts:
+        notes.append(f"the parser warned: {'; '.join(sorted(volume.doubts))}")
     if volume.shows_face:
         notes.append("a face can be rendered from a volume of the head; deface it before sharing")
     return notes

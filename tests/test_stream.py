@@ -33,6 +33,26 @@ def test_a_stream_entered_later_goes_on_as_the_whole_one():
         assert torch.equal(whole["view"], part["view"])
 
 
+def test_another_key_gives_the_same_views():
+    """Item, study and patient are salted with the user's key; what is learned must not be."""
+    salted = [
+        Sample(item=f"k{n}", group=f"other{n // 2}", study=f"other{n // 2}") for n in range(12)
+    ]
+    size = {"start": 0, "stop": 30, "batch_size": 4, "workers": 0, "pin_memory": False}
+    for unit in ("item", "patient"):
+        ours, theirs = (
+            batches(
+                samples,
+                numbered_noise,
+                Stream(samples, batch_size=4, one_per=unit, seed=5),
+                **size,
+            )
+            for samples in (PAIRS, salted)
+        )
+        for (_, mine), (_, other) in zip(ours, theirs, strict=True):
+            assert torch.equal(mine["view"], other["view"])
+
+
 def test_every_item_comes_once_per_epoch_in_an_order_of_its_own():
     stream = Stream(PAIRS, batch_size=5, one_per="item", seed=0)
     epochs = [[stream.at(12 * epoch + i)[1] for i in range(12)] for epoch in range(3)]
@@ -42,10 +62,10 @@ def test_every_item_comes_once_per_epoch_in_an_order_of_its_own():
 
 def test_views_of_an_item_differ_between_epochs_and_items():
     draws = {
-        torch.randn(1, generator=generator_for(seed, epoch, item)).item()
+        torch.randn(1, generator=generator_for(seed, epoch, index)).item()
         for seed in (0, 1)
         for epoch in (0, 1)
-        for item in ("a", "b")
+        for index in (0, 1)
     }
     assert len(draws) == 8
 

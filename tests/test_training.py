@@ -108,7 +108,7 @@ def test_one_step_is_adamw_as_torch_has_it(tmp_path: Path):
     )
     from medssl.stream import generator_for
 
-    x = torch.stack([noisy(one, generator_for(0, 0, one.item))["x"] for one in SAMPLES])
+    x = torch.stack([noisy(one, generator_for(0, 0, n))["x"] for n, one in enumerate(SAMPLES)])
     reference.loss({"x": x})["loss"].backward()
     torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.2)
     optimizer.step()

@@ -16,7 +16,7 @@ PROVENANCE = frozenset(
         *("slice_positions_mm", "on_gap", "on_duplicate", "resample_tilt", "voi_window"),
         *("sheared", "inverted", "varies", "burned_in_text", "shows_face", "ultrasound_regions"),
         *("affine_from", "qform_differs_mm", "alpha", "converted_from", "rotated_deg"),
-        *("format", "encoding", "missing", "duplicates", "extent_suspicious"),
+        *("format", "encoding", "missing", "duplicates", "extent_suspicious", "doubts"),
     }
 )
 """All that a reader may tell of an image beside its pixels and geometry."""

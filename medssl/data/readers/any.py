@@ -13,6 +13,7 @@ from medssl.data.readers.dicom_gaps import OnGap
 from medssl.data.readers.dicom_header import is_dicom
 from medssl.data.readers.dicom_stack import OnDuplicate
 from medssl.data.readers.dicom_voi import Window
+from medssl.data.readers.doubts import hearing
 from medssl.data.readers.errors import ReadError, UnsupportedFormatError
 from medssl.data.readers.nifti import read_nifti
 from medssl.data.readers.nifti_header import is_nifti
@@ -97,7 +98,10 @@ def read_image(
             raise ValueError(f"series={series!r} chooses among DICOM volumes, this is a {kind}")
         if voi_window is not None:
             raise ValueError(f"voi_window shows DICOM images, this is a {kind}")
-        image = _read(path, kind, unit, hashes)
+        with hearing() as doubts:
+            image = _read(path, kind, unit, hashes)
+        if doubts:
+            image = replace(image, provenance={**image.provenance, "doubts": sorted(doubts)})
     if modality is Modality.DEPTH and image.modality is Modality.PICTURE:
         image = as_organized(image, unit=unit)
         image = replace(image, provenance={**image.provenance, "modality": "given"})

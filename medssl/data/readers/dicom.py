@@ -20,10 +20,11 @@ from medssl.data.readers.dicom_directory import listed_files
 from medssl.data.readers.dicom_find import Found, find
 from medssl.data.readers.dicom_gaps import OnGap, filled
 from medssl.data.readers.dicom_geometry import is_sheared, line_of, volume_affine
-from medssl.data.readers.dicom_header import QUANTITATIVE, Header, quiet
+from medssl.data.readers.dicom_header import QUANTITATIVE, Header
 from medssl.data.readers.dicom_series import Series, times
 from medssl.data.readers.dicom_stack import OnDuplicate, SliceStack, one_of
 from medssl.data.readers.dicom_voi import Window, check_window
+from medssl.data.readers.doubts import hearing
 from medssl.data.readers.errors import (
     AmbiguousSeriesError,
     DuplicateSlicesError,
@@ -102,7 +103,7 @@ def read_dicom(
     )
     with ExitStack() as opened:
         opened.enter_context(_uncollected())
-        opened.enter_context(quiet())
+        opened.enter_context(hearing())
         single = path.is_file() and not is_archive(first_bytes(path, 262))
         if path.is_file() and not single:
             path = opened.enter_context(unpacked(path))
@@ -229,6 +230,7 @@ def _told(found: Found, chosen: Series, stack: SliceStack) -> dict[str, Any]:
         "burned_in_text": chosen.burned_in_text,
         "shows_face": chosen.shows_face,
         "ultrasound_regions": [list(box) for box in chosen.ultrasound_regions],
+        "doubts": sorted(chosen.doubts | stack.doubts),
     }
     return {name: value for name, value in told.items() if value}
 

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from medssl.data.readers.dicom_header import DIRECTORY, is_dicom, quiet
+from medssl.data.readers.dicom_header import DIRECTORY, is_dicom
+from medssl.data.readers.doubts import hearing
 from medssl.data.readers.errors import CorruptFileError, ReadError
 from medssl.data.readers.stored import decoding
 
 
-@quiet()
+@hearing()
 def listed_files(path: Path) -> list[Path] | None:
     """The files that a DICOMDIR lists, and None for any other file.
 

@@ -7,11 +7,13 @@ from pydicom.datadict import tag_for_keyword
 from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
 from pydicom.tag import Tag
 
+from medssl.data.readers.doubts import hearing, repeat
+
 _MOST = 1 << 14  # values remembered
 _LONGEST = 128  # bytes; longer ones hardly repeat
 
 _TAGS: dict[Any, int] = {}
-_CONVERTED: "OrderedDict[tuple[Any, ...], DataElement]" = OrderedDict()
+_CONVERTED: "OrderedDict[tuple[Any, ...], tuple[DataElement, frozenset[str]]]" = OrderedDict()
 
 
 class Elements:
@@ -51,11 +53,14 @@ class Elements:
         key = (tag, raw.VR, raw.value, raw.is_little_endian, self._encoding_name)
         found = _CONVERTED.get(key)
         if found is None:
-            found = convert_raw_data_element(raw, encoding=self._encoding, ds=self.dataset)
-            _CONVERTED[key] = found
+            with hearing() as doubts:
+                element = convert_raw_data_element(raw, encoding=self._encoding, ds=self.dataset)
+            found = _CONVERTED[key] = element, frozenset(doubts)
             if len(_CONVERTED) > _MOST:
                 _CONVERTED.popitem(last=False)
-        return found.value
+        elif found[1]:  # as if converted anew
+            repeat(found[1])
+        return found[0].value
 
 
 def syntax_name(syntax: Any) -> str:

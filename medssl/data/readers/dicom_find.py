@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medssl.data.modality import Modality
-from medssl.data.readers.dicom_header import Header, headers_of, quiet, read_headers
+from medssl.data.readers.dicom_header import Header, headers_of, read_headers
 from medssl.data.readers.dicom_memo import Frames, dicom_start, key_of, recall, remember
 from medssl.data.readers.dicom_pixels import OpenObject
 from medssl.data.readers.dicom_series import Series, plan
@@ -83,7 +83,7 @@ def _look(
         return None, None
     whole = _opened(file, hashes=hashes) if keep else None
     if whole is not None:
-        frames = tuple(headers_of(file, whole.header, any_object=any_object))
+        frames = tuple(headers_of(file, whole.header, whole.doubts, any_object=any_object))
     else:
         zipped = start.startswith(GZIP)
         frames = tuple(read_headers(file, any_object=any_object, zipped=zipped))
@@ -99,7 +99,6 @@ def is_known(file: Path) -> bool:
         return False
 
 
-@quiet()
 def _opened(file: Path, *, hashes: bool) -> OpenObject | None:
     """The object parsed whole; None where that fails, which need not concern the series wanted."""
     try:

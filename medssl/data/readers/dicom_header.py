@@ -1,12 +1,8 @@
 """What the header of one DICOM file says, without its pixels (PS3.3, PS3.6)."""
 
 import io
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +18,7 @@ from medssl.data.readers.dicom_frames import (
     transformation,
     ultrasound_regions,
 )
+from medssl.data.readers.doubts import hearing
 from medssl.data.readers.errors import (
     CorruptFileError,
     InconsistentGeometryError,
@@ -67,7 +64,6 @@ _TAGS = [
     *TAGS,
     *STACK,
 ]
-_IS_QUIET = ContextVar("_IS_QUIET", default=False)
 _MAY_SHOW_TEXT = frozenset({"US", "XA", "RF", "SC", "OT", "ES", "XC"})
 _HEAD = ("HEAD", "BRAIN", "SKULL", "FACE", "ORBIT", "SINUS", "JAW", "WHOLEBODY")
 _COMPONENTS = frozenset(
@@ -89,6 +85,7 @@ class Header:
     frame, tile, stack, taken_s, cine_s: as of `dicom_frames.Frame`.
     burned_in_text, shows_head: as of `Series`; by the header's own word or by modality.
     ultrasound_regions: (x0, y0, x1, y1) in pixels, both ends included.
+    doubts: what pydicom warned of, as of `doubts.hearing`.
     problem: why the pixels of this object cannot be read, known from the header alone.
     """
 
@@ -117,6 +114,7 @@ class Header:
     burned_in_text: str | None
     shows_head: bool
     ultrasound_regions: tuple[tuple[int, ...], ...]
+    doubts: frozenset[str] = frozenset()
     problem: ReadError | None
 
 
@@ -155,23 +153,6 @@ def parse(source: Path | BinaryIO, *, header_only: bool) -> Any:
     return dataset
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without pydicom's warnings, which quote header values and paths."""
-    logging.getLogger("pydicom").propagate = False
-    if _IS_QUIET.get():
-        yield
-        return
-    token = _IS_QUIET.set(True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        _IS_QUIET.reset(token)
-
-
-@quiet()
 @decoding("the DICOM header")
 def read_headers(path: Path, *, any_object: bool = False, zipped: bool = False) -> list[Header]:
     """The frames of an image object; none for objects without an image (reports, plans, ...).
@@ -180,13 +161,24 @@ def read_headers(path: Path, *, any_object: bool = False, zipped: bool = False) 
     zipped: the file is gzipped.
     """
     source = io.BytesIO(unzipped(read_bytes(path))) if zipped else path
-    return headers_of(path, Elements(parse(source, header_only=True)), any_object=any_object)
+    with hearing() as doubts:
+        dataset = Elements(parse(source, header_only=True))
+    return headers_of(path, dataset, doubts, any_object=any_object)
 
 
-@quiet()
 @decoding("the DICOM header")
-def headers_of(path: Path, dataset: Elements, *, any_object: bool = False) -> list[Header]:
-    """As `read_headers`, of an object that was parsed."""
+def headers_of(
+    path: Path, dataset: Elements, doubts: Set[str], *, any_object: bool = False
+) -> list[Header]:
+    """As `read_headers`, of an object whose parsing left some doubts."""
+    with hearing() as others:
+        found = _headers_of(path, dataset, any_object)
+    if doubts or others:
+        found = [replace(header, doubts=frozenset(doubts | others)) for header in found]
+    return found
+
+
+def _headers_of(path: Path, dataset: Elements, any_object: bool) -> list[Header]:
     code = str(dataset.get("Modality", "") or "")
     if "Rows" not in dataset or (code in _NOT_IMAGES and not any_object):
         return []

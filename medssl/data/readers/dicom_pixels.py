@@ -12,6 +12,7 @@ from medssl.data.readers.dicom_elements import Elements, syntax_name
 from medssl.data.readers.dicom_frames import transformation
 from medssl.data.readers.dicom_header import is_quantitative, parse
 from medssl.data.readers.dicom_voi import Curve, header_window
+from medssl.data.readers.doubts import MORE_BYTES, MORE_FRAMES, hearing, repeat
 from medssl.data.readers.errors import (
     MissingDecoderError,
     NoPixelDataError,
@@ -76,7 +77,7 @@ class OpenObject:
 
     def __init__(self, path: Path, *, hashes: bool) -> None:
         self.file_sha256: str | None = None
-        with opened(path) as stream:
+        with hearing() as self.doubts, opened(path) as stream:
             zipped = stream.read(2) == GZIP
             stream.seek(0)
             if not hashes and not zipped:  # pydicom reads what it needs, without a second copy
@@ -210,6 +211,9 @@ def _plain(dataset: Elements, frame: int) -> NDArray | None:
     size, content = rows * columns, dataset.get("PixelData")
     if layout != (False, 1, 16, bits - 1) or not content or len(content) < 2 * size * (frame + 1):
         return None
+    beyond = len(content) - 2 * size * int(dataset.get("NumberOfFrames") or 1)
+    if beyond > 1:  # as pydicom warns of, which is not asked here
+        repeat(frozenset({MORE_FRAMES if beyond >= 2 * size else MORE_BYTES}))
     signed = bool(int(dataset.get("PixelRepresentation") or 0))
     stored = np.frombuffer(content, "<i2" if signed else "<u2", size, 2 * size * frame)
     if bits < 16:  # what lies in the high bits is not part of the number

@@ -36,7 +36,7 @@ class Series:
     series UID and the first of its instance UIDs. color: pixels are RGB. sheared: the gantry was
     tilted. burned_in_text: "declared" or "possible" where pixels may show who the patient is.
     shows_face: a volume of the head, from which a face could be rendered. ultrasound_regions: as of
-    `Header`. problems: why it cannot be read, as far as headers tell.
+    `Header`. doubts: what pydicom warned of. problems: why it cannot be read, as headers tell.
     """
 
     volumes: tuple[tuple[Place, ...], ...] = field(repr=False)
@@ -56,6 +56,7 @@ class Series:
     burned_in_text: str | None = None
     shows_face: bool = False
     ultrasound_regions: tuple[tuple[int, ...], ...] = ()
+    doubts: frozenset[str] = frozenset()
     problems: tuple[ReadError, ...]
 
 
@@ -244,6 +245,7 @@ def _series(volumes: Sequence[Sequence[Header]]) -> Series:
         burned_in_text=first.burned_in_text,
         shows_face=first.shows_head and first.color is False and depth > 1,
         ultrasound_regions=first.ultrasound_regions,
+        doubts=frozenset().union(*(header.doubts for header in headers)),
         problems=tuple(problems),
     )
 

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medssl.data.modality import Modality
-from medssl.data.readers.dicom_header import Header, quiet
+from medssl.data.readers.dicom_header import Header
 from medssl.data.readers.dicom_pixels import OpenObject, Slice
 from medssl.data.readers.dicom_voi import Curve, Window, given_window
+from medssl.data.readers.doubts import hearing
 from medssl.data.readers.errors import UnsupportedFormatError, differing_slices
 from medssl.data.readers.stored import PixelDigest, combined_sha256, decoding
 
@@ -48,6 +49,7 @@ class SliceStack:
             self._curve = given_window(window, modality)
         self.axes, self.count, self.filled = axes, math.prod(axes), 0
         self.inverted = self.rescaled = False
+        self.doubts: set[str] = set()
         self.value_range = (math.inf, -math.inf)
         self._pixels: NDArray[np.float32] | None = None  # (C, N, H, W)
         self._valid: NDArray[np.bool_] | None = None  # (N, H, W)
@@ -110,7 +112,7 @@ class SliceStack:
         }
 
     def _read(self, header: Header) -> tuple[Slice, Curve | None]:
-        with quiet(), decoding("the pixel data"):
+        with hearing() as doubts, decoding("the pixel data"):
             path, hashes = header.path, self._file_digests is not None
             found = self._opened.get(path)
             if found is None:
@@ -121,7 +123,9 @@ class SliceStack:
             if self._left[path] == 0:
                 del self._opened[path]
             curve = found.window(header.frame) if self._by_header else None
-            return found.slice(header.frame, header.tile), curve
+            piece = found.slice(header.frame, header.tile)
+        self.doubts |= doubts | found.doubts
+        return piece, curve
 
     def _show(self, out: NDArray[np.float32], piece: Slice, curve: Curve | None) -> None:
         """Put (C, H, W) values in their unit through a window, in place."""

@@ -1,12 +1,12 @@
 """TIFF pictures of one page: 8, 16 and 32 bits, floats, any number of channels."""
 
 import io
-import logging
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medssl.data.readers.doubts import hearing
 from medssl.data.readers.errors import CorruptFileError, UnsupportedFormatError
 from medssl.data.readers.stored import decoding
 
@@ -29,7 +29,7 @@ def read_tiff(content: bytes) -> tuple[NDArray, NDArray[np.bool_] | None]:
     White-is-zero pictures are inverted, one-bit pictures become 0 and 255. Colors that were
     multiplied by a partial alpha are refused.
     """
-    with _opened(io.BytesIO(content)) as tiff:
+    with hearing(), _opened(io.BytesIO(content)) as tiff:
         page = _only_page(tiff)
         if page.photometric not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB):
             return _by_pillow(content, page)
@@ -50,7 +50,7 @@ def read_tiff(content: bytes) -> tuple[NDArray, NDArray[np.bool_] | None]:
 @decoding("the TIFF header")
 def tiff_shape(stream: BinaryIO) -> tuple[int, int, int]:
     """(C, H, W) from the header alone, as `read_tiff` would give it."""
-    with _opened(stream) as tiff:
+    with hearing(), _opened(stream) as tiff:
         page = _only_page(tiff)
         height, width = page.imagelength, page.imagewidth
         if _orientation(page) >= 5:
@@ -62,8 +62,6 @@ def tiff_shape(stream: BinaryIO) -> tuple[int, int, int]:
 def _opened(stream: BinaryIO) -> Any:
     import tifffile
 
-    logging.getLogger("tifffile").propagate = False  # its warnings quote what stands in tags
-    logging.getLogger("tifffile").addHandler(logging.NullHandler())
     return tifffile.TiffFile(stream)
 
 

@@ -1,6 +1,7 @@
 """Every image among pydicom's own test files: the pixels pydicom decodes, after the modality."""
 
 import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from pydicom.pixels import apply_color_lut, apply_modality_lut
 
 from medssl.data.readers.any import read_image
+from medssl.data.readers.dicom_header import _TAGS
 from medssl.data.readers.errors import ReadError
 
 ROOT = Path(pydicom.__file__).parent / "data" / "test_files"
@@ -19,13 +21,22 @@ FILES = sorted(
 )
 
 
+WARNED = {
+    "MR_small_padded.dcm": ["bytes follow the pixels"],
+    "SC_rgb_jpeg.dcm": ["the header is encoded otherwise than it says"],
+}
+
+
+@cache
 def decoded(file):
-    """The dataset and pydicom's pixels, or None where it decodes none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    """The dataset, pydicom's pixels and its warnings, or None where it decodes none."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         try:
             dataset = pydicom.dcmread(file, force=True)
-            return dataset, dataset.pixel_array
+            for keyword in _TAGS:
+                dataset.get(keyword)
+            return dataset, dataset.pixel_array, [str(warning.message) for warning in caught]
         except Exception:
             return None
 
@@ -69,7 +80,9 @@ def test_a_file_that_pydicom_decodes_is_read_and_any_other_refused_with_a_reason
         assert reason or image.pixels.isfinite().all()
         return
     assert reason is None
-    dataset, pixels = found
+    dataset, pixels, warned = found
+    assert image.provenance.get("doubts", []) == WARNED.get(Path(file).name, [])
+    assert bool(warned) == (Path(file).name in WARNED)
     wanted, got = expected(dataset, pixels), image.pixels.numpy()
     assert got.shape == wanted.shape
     np.testing.assert_allclose(got, wanted, rtol=1e-6)
