@@ -17,6 +17,7 @@ PROVENANCE = frozenset(
         *("sheared", "inverted", "varies", "burned_in_text", "shows_face", "ultrasound_regions"),
         *("affine_from", "qform_differs_mm", "alpha", "converted_from", "rotated_deg"),
         *("format", "encoding", "missing", "duplicates", "extent_suspicious", "doubts"),
+        *("patient_position", "patient_orientation", "laterality", "view_position"),
     }
 )
 """All that a reader may tell of an image beside its pixels and geometry."""

@@ -231,6 +231,7 @@ def _told(found: Found, chosen: Series, stack: SliceStack) -> dict[str, Any]:
         "shows_face": chosen.shows_face,
         "ultrasound_regions": [list(box) for box in chosen.ultrasound_regions],
         "doubts": sorted(chosen.doubts | stack.doubts),
+        **(stack.positioning or {}),
     }
     return {name: value for name, value in told.items() if value}
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from medssl.data.modality import Modality
 from medssl.data.readers.dicom_header import Header
 from medssl.data.readers.dicom_pixels import OpenObject, Slice
+from medssl.data.readers.dicom_positioning import positioning
 from medssl.data.readers.dicom_voi import Curve, Window, given_window
 from medssl.data.readers.doubts import hearing
 from medssl.data.readers.errors import UnsupportedFormatError, differing_slices
@@ -50,6 +51,7 @@ class SliceStack:
         self.axes, self.count, self.filled = axes, math.prod(axes), 0
         self.inverted = self.rescaled = False
         self.doubts: set[str] = set()
+        self.positioning: dict[str, str] | None = None
         self.value_range = (math.inf, -math.inf)
         self._pixels: NDArray[np.float32] | None = None  # (C, N, H, W)
         self._valid: NDArray[np.bool_] | None = None  # (N, H, W)
@@ -119,6 +121,8 @@ class SliceStack:
                 found = self._opened[path] = OpenObject(path, hashes=hashes)
             if self._file_digests is not None and found.file_sha256 is not None:
                 self._file_digests[path] = found.file_sha256
+            if self.positioning is None:
+                self.positioning = positioning(found.header)
             self._left[path] -= 1
             if self._left[path] == 0:
                 del self._opened[path]
