@@ -18,7 +18,16 @@ from medssl.data.sample import Sample
 from medssl.schedule import Clock, TrainingPlan, cosine
 from medssl.stream import Batch, Stream, Unit, Views, batches, workers_for
 
-__all__ = ["Clock", "Report", "Trainable", "TrainingPlan", "cosine", "split_by_decay", "train"]
+__all__ = [
+    "Clock",
+    "Report",
+    "Trainable",
+    "TrainingPlan",
+    "Unit",
+    "cosine",
+    "split_by_decay",
+    "train",
+]
 
 _MEMORY = 0.95  # of the running means of what a loss reports, per step
 _WATCH_FROM = 0.2  # share of the training after which a collapse is looked for

@@ -35,7 +35,7 @@ PREPARE = Preprocessing(
     size=(96, 96), intensity="window", window_hu=(35.0, 60.0), channels=1, region="intracranial"
 )
 PLAN = TrainingPlan(
-    total_samples=16_000,
+    total_samples=24_000,
     batch_size=32,
     learning_rate=2e-3,
     warmup_samples=500,

@@ -83,7 +83,9 @@ class MultiCrop:
             )
 
     def __call__(self, sample: Sample, generator: torch.Generator) -> dict[str, Tensor]:
-        """Returns "global" (V, C, H, W) and, where there are small crops, "local" (V, C, h, w)."""
+        """Returns "global" (V, C, H, W) and, where there are small crops, "local" (V, C, h, w);
+        with each the places of its crops, "global_place" and "local_place" (V, 2, 3), see `place`.
+        """
         image = sample.images["image"]
         limits = None
         if self.window_share is not None:
@@ -97,23 +99,42 @@ class MultiCrop:
                 "has to be cut into its frames first"
             )
         image = replace(image, valid=None)  # preprocessing has filled what is not valid
-        views = {"global": self._stack(image, self.large, generator, limits)}
+        views = self._stack("global", image, self.large, generator, limits)
         if self.small.count:
-            views["local"] = self._stack(image, self.small, generator, limits)
+            views |= self._stack("local", image, self.small, generator, limits)
         return views
 
     def _stack(
         self,
+        name: str,
         image: Image,
         crops: Crops,
         generator: torch.Generator,
         limits: tuple[float, float] | None,
-    ) -> Tensor:
-        views = [view.pixels for view in crops(image, generator)]
+    ) -> dict[str, Tensor]:
+        cut = crops(image, generator)
+        views = [view.pixels for view in cut]
         if self.window_share is not None and limits is not None:
             share = self.window_share
             views = [random_window(view, generator, limits=limits, share=share) for view in views]
-        return torch.stack([self.augmentation(view, generator) for view in views])
+        return {
+            name: torch.stack([self.augmentation(view, generator) for view in views]),
+            f"{name}_place": torch.stack([place(view, image) for view in cut]),
+        }
+
+
+def place(crop: Image, source: Image) -> Tensor:
+    """Where a 2D crop lies in its picture: (2, 3) float32.
+
+    Takes (row, column, 1) in the crop to (down, right) in the picture, from the centre of its first
+    pixel and in units of its longer side, with the aspect ratio of the picture's spacing. So places
+    in crops of one picture can be compared, and roughly those in pictures of different sizes.
+    """
+    height, width = source.spatial_shape
+    steps = torch.tensor(source.spacing or (1.0, 1.0), dtype=torch.float64)
+    unit = torch.maximum(height * steps[0], width * steps[1])
+    back = torch.linalg.solve(source.affine, crop.affine)[1:3, 1:]  # (2, 3), in source pixels
+    return (back * steps[:, None] / unit).float()
 
 
 def take_slice(volume: Image, index: int) -> Image:

@@ -36,6 +36,10 @@ class Encoder(nn.Module):
         """images: (B, C, H, W), preprocessed. Returns the pooled embedding (B, E)."""
         raise NotImplementedError
 
+    def embed_with_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The pooled embedding (B, E) and the last feature map (B, E, h, w), in one pass."""
+        raise NotImplementedError
+
     def feature_maps(self, images: Tensor, layers: Sequence[str]) -> list[Tensor]:
         """Outputs of the named modules of `network`, each (B, E, h, w), in the order of `layers`.
 

@@ -52,6 +52,13 @@ class TimmEncoder(Encoder):
         """images: (B, C, H, W), preprocessed. Returns the pooled embedding (B, E)."""
         return self.network(images)
 
+    def embed_with_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As of `Encoder`; for a transformer the map is that of its normalized patch tokens."""
+        network = cast(Any, self.network)
+        features = network.forward_features(images)
+        embedding = network.forward_head(features, pre_logits=True)
+        return embedding, self._as_grid(features, images)
+
     @classmethod
     def example(cls) -> tuple[Self, Tensor]:
         """timm's smallest residual network on one-channel noise."""

@@ -121,6 +121,8 @@ def test_views_of_pictures_and_volumes_have_the_same_shapes(shape):
     assert {name: tuple(view.shape) for name, view in views.items()} == {
         "global": (2, 3, 20, 20),
         "local": (3, 3, 10, 10),
+        "global_place": (2, 2, 3),
+        "local_place": (3, 2, 3),
     }
 
 
@@ -130,7 +132,7 @@ def test_all_views_of_a_volume_come_from_one_slice():
         small=Crops(count=3, size=10, scale=(0.1, 0.4)),
         augmentation=STILL,
     )(Sample(item="a", images={"image": ramp(9, 30, 50)}), rng(5))
-    depths = torch.cat([view[:, 0].flatten() for view in views.values()])
+    depths = torch.cat([views[name][:, 0].flatten() for name in ("global", "local")])
     assert depths.max() - depths.min() < 1e-4
 
 

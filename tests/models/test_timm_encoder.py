@@ -107,3 +107,14 @@ def imagenet_input(array):
     pixels = np.asarray(picture.crop((left, top, left + 224, top + 224)), dtype=np.float32) / 255
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     return torch.from_numpy(((pixels - mean) / std).astype(np.float32)).permute(2, 0, 1)[None]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"])
+def test_one_pass_gives_the_embedding_and_the_last_map(name):
+    options = {"img_size": 64} if name == "test_vit" else {}
+    encoder = frozen(TimmEncoder(name, in_channels=1, options=options))
+    images = torch.randn(2, 1, 64, 64)
+    embedding, features = encoder.embed_with_map(images)
+    torch.testing.assert_close(embedding, encoder(images))
+    assert features.shape[:2] == (2, encoder.embedding_dim)
+    assert features.shape[2] == features.shape[3]
