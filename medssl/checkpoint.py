@@ -17,14 +17,12 @@ class CheckpointError(ValueError):
 def write_checkpoint(workdir: Path, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Replace the checkpoint in `workdir`; a crash at any moment leaves the old or the new one.
 
-    state: tensors, numbers, strings and nested dicts and lists of them; the random state of
-        torch is added.
+    state: tensors, numbers, strings and nested dicts and lists of them.
     identity: what must be the same for the training to go on, as plain values.
     """
-    random = {"cpu": torch.get_rng_state(), "cuda": _cuda_random()}
     unfinished = workdir / f"{_NAME}.unfinished"
     with unfinished.open("wb") as file:
-        torch.save({**state, "random": random, "identity": dict(identity)}, file)
+        torch.save({**state, "identity": dict(identity)}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, workdir / _NAME)
@@ -36,7 +34,7 @@ def write_checkpoint(workdir: Path, state: Mapping[str, Any], identity: Mapping[
 
 
 def read_checkpoint(workdir: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The state last written, with torch's random state restored; None where there is none.
+    """The state last written; None where there is none.
 
     Raises CheckpointError where `identity` is not what the checkpoint was written with.
     """
@@ -45,7 +43,7 @@ def read_checkpoint(workdir: Path, identity: Mapping[str, Any]) -> dict[str, Any
         return None
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        random, written = state.pop("random"), state.pop("identity")
+        written = state.pop("identity")
     except Exception as error:  # whatever a damaged or hostile file provokes
         raise CheckpointError(
             "the checkpoint is damaged; remove the work folder and start anew"
@@ -61,11 +59,4 @@ def read_checkpoint(workdir: Path, identity: Mapping[str, Any]) -> dict[str, Any
             f"the checkpoint belongs to another training: {changes}; resume with the same "
             "arguments, or remove the work folder and start anew"
         )
-    torch.set_rng_state(random["cpu"])
-    if random["cuda"] and len(random["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(random["cuda"])
     return state
-
-
-def _cuda_random() -> list[torch.Tensor]:
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -67,12 +67,18 @@ def batches(
     batch_size: int,
     workers: int,
     pin_memory: bool,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """The views of the samples at positions `start` to `stop` of the stream, batch by batch."""
+    """The views of the samples at positions `start` to `stop` of the stream, batch by batch.
+
+    share: (which, of how many) equal and contiguous parts of each batch to give.
+    """
     order = [stream.at(position) for position in range(start, stop)]
+    which, size = share[0], batch_size // share[1]
+    firsts = range(which * size, len(order), batch_size)
     loader: DataLoader[Any] = DataLoader(
         _ViewsOf(samples, views, stream.seed),
-        batch_sampler=[order[i : i + batch_size] for i in range(0, len(order), batch_size)],
+        batch_sampler=[order[first : first + size] for first in firsts],
         num_workers=workers,
         collate_fn=_side_by_side,
         pin_memory=pin_memory,
@@ -95,7 +101,12 @@ def generator_for(seed: int, epoch: int, index: int | str) -> torch.Generator:
 
     index: of a sample, not its id: ids are salted, and a training must not depend on the key.
     """
-    return torch.Generator().manual_seed(_number(f"{seed}/{epoch}/{index}") & (2**63 - 1))
+    return torch.Generator().manual_seed(number_for(f"{seed}/{epoch}/{index}"))
+
+
+def number_for(text: str) -> int:
+    """A seed of 63 bits that stands for `text` on every machine."""
+    return _number(text) & (2**63 - 1)
 
 
 class _ViewsOf(Dataset[tuple[Sample, dict[str, Tensor]]]):

@@ -1,6 +1,7 @@
 """`Trainable`, and the one optimization loop, on Lightning Fabric."""
 
 import math
+import resource
 import signal
 import threading
 import time
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from medssl.checkpoint import read_checkpoint, write_checkpoint
 from medssl.data.sample import Sample
+from medssl.distributed import mean_of_all, processes, started, sum_of_all
+from medssl.failure import keep_failure, not_finite
 from medssl.schedule import Clock, TrainingPlan, cosine
-from medssl.stream import Batch, Stream, Unit, Views, batches, workers_for
+from medssl.stream import Batch, Stream, Unit, Views, batches, number_for, workers_for
 
 __all__ = [
     "Clock",
@@ -30,8 +33,7 @@ __all__ = [
 ]
 
 _MEMORY = 0.95  # of the running means of what a loss reports, per step
-_WATCH_FROM = 0.2  # share of the training after which a collapse is looked for
-_WATCH_TIMES = 20  # looks per training
+_WATCH_EVERY = 50  # steps between looks for a collapse, the first so long after the warm-up
 
 
 class Trainable(nn.Module):
@@ -50,7 +52,10 @@ class Trainable(nn.Module):
     def loss(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """views: by name, each (B, ...), and "item", "group", "study" (B,) int64.
 
-        Returns scalars; "loss" is minimized, the rest is logged and watched.
+        Returns scalars; "loss" is minimized, the rest is logged and watched. Where several
+        processes train, B is this one's share, and losses and gradients are averaged; rows that
+        meet others come from `medssl.distributed.gathered`. Random numbers of torch are drawn
+        from a seed of the step and the process.
         """
         raise NotImplementedError
 
@@ -109,18 +114,26 @@ def train(
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     workers: int | None = None,
+    compiled: bool = False,
     seed: int = 0,
     identity: Mapping[str, Any] | None = None,
     on_step: Callable[[Report], None] | None = None,
 ) -> dict[str, Any]:
     """Train in place, with a checkpoint in `workdir` from which a killed training goes on exactly.
 
+    Started by torchrun, all processes train the same weights, each on its share of every batch, and
+    the first writes; the order of the samples and their views are those of a single process.
+
     workers: processes that make views; the result does not depend on them. None: by the cores.
+    compiled: let torch.compile make the networks' forward passes faster; what it cannot compile
+        runs as it is.
     identity: further plain values that must not change between start and resume.
     SIGTERM finishes the step, saves and returns with "finished" False.
-    Raises FloatingPointError, naming the items, where the loss is not finite.
+    Raises FloatingPointError where the loss or its gradient is not finite, naming the items and a
+    file in `workdir` from which `medssl.failure.replay` does the step again.
     Returns "finished", "loss", "verdict" (None is healthy), "statistics" (running means),
-    "samples_per_second" and "waiting_share" (of the time, for data).
+    "samples_per_second", "waiting_share" (of the time, for data) and "peak_memory_gib" (of the
+    device, or of the process on a CPU).
     """
     if plan.accumulation > 1 and trainable.accumulation == "refused":
         raise ValueError(
@@ -129,9 +142,16 @@ def train(
         )
     if not len(samples):
         raise ValueError("no sample to train on")
+    if plan.batch_size % (plan.accumulation * processes()):
+        raise ValueError(
+            f"a batch of {plan.batch_size} cannot be shared evenly by {processes()} processes with "
+            f"accumulation {plan.accumulation}"
+        )
     torch.manual_seed(seed)
     trainable.prepare(samples)
-    loop = _Loop(trainable, plan, workdir, device=device, precision=precision)
+    loop = _Loop(trainable, plan, workdir, device=device, precision=precision, seed=seed)
+    if compiled:
+        loop.compile()
     loop.identity = {
         **{f"plan.{name}": value for name, value in asdict(plan).items()},
         **_hyperparameters(trainable),
@@ -151,9 +171,10 @@ def train(
         batch_size=plan.batch_size // plan.accumulation,
         workers=workers_for(workers),
         pin_memory=loop.fabric.device.type == "cuda",
+        share=(loop.fabric.global_rank, loop.fabric.world_size),
     )
     with _stop_asked() as asked:
-        while loop.step < plan.steps and not asked.is_set():
+        while loop.step < plan.steps and not loop.stopping(asked.is_set()):
             report = loop.advance(parts)
             if on_step is not None:
                 on_step(report)
@@ -171,13 +192,12 @@ class _Loop:
         *,
         device: str,
         precision: str,
+        seed: int,
     ) -> None:
-        from lightning.fabric import Fabric
-
-        self.trainable, self.plan, self.workdir = trainable, plan, workdir
-        workdir.mkdir(parents=True, exist_ok=True)
+        self.trainable, self.plan, self.workdir, self.seed = trainable, plan, workdir, seed
         trainable.to(memory_format=torch.channels_last)  # convolutions are up to twice as fast
-        self.fabric = Fabric(accelerator=device, devices=1, precision=_precision(precision, device))
+        self.fabric = started(device, precision)  # processes wait here for each other
+        workdir.mkdir(parents=True, exist_ok=True)
         groups = [
             {"decay": True, "rate": 1.0, "frozen_until": 0.0, **group}
             for group in trainable.parameter_groups()
@@ -199,7 +219,9 @@ class _Loop:
     def advance(self, parts: Iterator[Batch]) -> Report:
         """One optimizer step on the next `accumulation` parts."""
         learning_rate = self._schedule()
-        loss = 0.0
+        torch.manual_seed(self._seed_of_step())
+        done: list[Batch] = []
+        found: list[dict[str, Tensor]] = []
         for _ in range(self.plan.accumulation):
             started = time.monotonic()
             items, views = next(parts)
@@ -207,14 +229,17 @@ class _Loop:
             self.waited += time.monotonic() - started
             reported = self.model.loss(views)
             self.fabric.backward(reported["loss"] / self.plan.accumulation)
-            loss += self._note(reported, items) / self.plan.accumulation
+            done.append((items, views))
+            found.append({name: value.detach().float() for name, value in reported.items()})
         for group in self.optimizer.param_groups:
             if self.clock.progress < group["frozen_until"]:
                 for parameter in group["params"]:
                     parameter.grad = None
-        self.fabric.clip_gradients(
+        norm = self.fabric.clip_gradients(
             self.model, self.stepper, max_norm=self.plan.gradient_clip, error_if_nonfinite=False
         )
+        assert norm is not None
+        loss = self._note(found, norm, done)
         self.stepper.step()
         self.stepper.zero_grad()
         self.step += 1
@@ -236,8 +261,24 @@ class _Loop:
             "trainable": self.trainable.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        write_checkpoint(self.workdir, state, self.identity)
+        if self.fabric.global_rank == 0:
+            write_checkpoint(self.workdir, state, self.identity)
+        self.fabric.barrier()
         self.saved = self.clock.samples_seen
+
+    def compile(self) -> None:
+        """Let torch.compile speed up each network that the trainable holds."""
+        import torch._dynamo
+
+        torch._dynamo.config.suppress_errors = True  # what fails to compile runs eagerly
+        for network in self.trainable.children():
+            network.compile()
+
+    def stopping(self, asked: bool) -> bool:
+        """Whether any process was asked to stop; all of them stop at the same step."""
+        if self.fabric.world_size == 1:
+            return asked
+        return bool(sum_of_all(torch.tensor(float(asked), device=self.fabric.device)) > 0)
 
     def restore(self) -> None:
         """Go on from the checkpoint, where there is one."""
@@ -259,10 +300,11 @@ class _Loop:
         return {
             "finished": self.step >= self.plan.steps,
             "loss": self.means.get("loss"),
-            "verdict": self.trainable.collapsed(self.means),
+            "verdict": self.trainable.collapsed(self.means) if self._warm() > 0 else None,
             "statistics": self.means,
             "samples_per_second": done / seconds,
             "waiting_share": self.waited / seconds,
+            "peak_memory_gib": self._peak_memory_gib(),
         }
 
     def _schedule(self) -> float:
@@ -274,32 +316,43 @@ class _Loop:
             group["weight_decay"] = decay if group["decay"] else 0.0
         return rate
 
-    def _note(self, reported: Mapping[str, Tensor], items: tuple[str, ...]) -> float:
-        """Follow the running means; the loss as a number."""
-        values = torch.stack([value.detach().float() for value in reported.values()]).tolist()
-        found = dict(zip(reported, values, strict=True))
-        if not math.isfinite(found["loss"]):
-            raise FloatingPointError(
-                f"the loss is {found['loss']} at step {self.step} on the items {', '.join(items)}; "
-                "look for pixels that are not finite among them, or lower the learning rate"
+    def _seed_of_step(self) -> int:
+        return number_for(f"{self.seed}/{self.step}/{self.fabric.global_rank}/step")
+
+    def _note(
+        self, reported: Sequence[Mapping[str, Tensor]], norm: Tensor, parts: Sequence[Batch]
+    ) -> float:
+        """Follow the running means over all parts and processes; the loss as a number."""
+        names = list(reported[0])
+        own = torch.stack([torch.stack(list(one.values())) for one in reported]).mean(0)
+        values = torch.cat([mean_of_all(own), norm[None].float()]).tolist()
+        found = dict(zip([*names, "norm"], values, strict=True))
+        if not math.isfinite(found["loss"]) or not math.isfinite(found["norm"]):
+            file = keep_failure(
+                self.workdir, self.trainable, parts, step=self.step, seed=self._seed_of_step()
             )
-        for name, value in found.items():
-            self.means[name] = _MEMORY * self.means.get(name, value) + (1 - _MEMORY) * value
+            items = [item for items, _ in parts for item in items]
+            raise FloatingPointError(
+                not_finite(found["loss"], found["norm"], items, self.step, file)
+            )
+        for name in names:
+            mean = self.means.get(name, found[name])
+            self.means[name] = _MEMORY * mean + (1 - _MEMORY) * found[name]
         return found["loss"]
 
     def _watch(self) -> str | None:
-        every = max(1, self.plan.steps // _WATCH_TIMES)
-        if self.step % every or self.clock.progress < _WATCH_FROM:
+        if self._warm() <= 0 or self._warm() % _WATCH_EVERY:
             return None
         return self.trainable.collapsed(self.means)
 
+    def _warm(self) -> int:
+        """Steps since the warm-up."""
+        return self.step - math.ceil(self.plan.warmup_samples / self.plan.batch_size)
 
-def _precision(precision: str, device: str) -> Literal["bf16-mixed", "32-true"]:
-    """bf16 where the device is a GPU that has it, unless told."""
-    if precision == "auto":
-        gpu = device in ("auto", "cuda", "gpu") and torch.cuda.is_available()
-        precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16-mixed" if precision == "bf16" else "32-true"
+    def _peak_memory_gib(self) -> float:
+        if self.fabric.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.fabric.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
 def _hyperparameters(trainable: Trainable) -> dict[str, Any]:

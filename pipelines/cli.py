@@ -165,8 +165,11 @@ def _remembering(raised: list[Exception]) -> Callable[..., Any]:
 def _parser(name: str, job: Callable[..., Any]) -> Any:
     """The job's signature as a jsonargparse.ArgumentParser."""
     import docstring_parser
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
+    if "medssl.data.augment" in sys.modules:  # a dataclass, whose kinds a config may name
+        kind = sys.modules["medssl.data.augment"].Augmentation
+        set_parsing_settings(subclasses_enabled=[kind])
     text = docstring_parser.parse(inspect.getdoc(job) or "")
     helps = {entry.arg_name: entry.description for entry in text.params}
     parser = ArgumentParser(

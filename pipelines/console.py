@@ -1,9 +1,11 @@
 """What a job says while it works: bars and tables on a terminal, plain lines elsewhere.
 
 Results go to stdout and progress to stderr; under `--json` the command line turns stdout into
-stderr, so nothing here needs to know of it.
+stderr, so nothing here needs to know of it. Of several processes that torchrun started, the first
+speaks.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +24,8 @@ class Progress(Protocol):
 
 def say(text: str) -> None:
     """One line for the reader."""
-    print(text, flush=True)
+    if _speaks():
+        print(text, flush=True)
 
 
 @contextmanager
@@ -31,7 +34,7 @@ def progress(total: int, what: str) -> Iterator[Progress]:
 
     what: the work in a few words, such as "scoring"; it names no path.
     """
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not _speaks():
         lines = _Lines(total, what)
         try:
             yield lines
@@ -73,6 +76,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = ""
         say("  ".join(map(str.ljust, line, widths)).rstrip())
 
 
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
@@ -101,6 +108,8 @@ class _Lines:
 
     def _tell(self) -> None:
         self.told = self.done
+        if not _speaks():
+            return
         seconds = time.monotonic() - self.started
         tail = f"  {self.text}" if self.text else ""
         line = f"{self.what}: {self.done}/{self.total}, {seconds:.0f} s{tail}"

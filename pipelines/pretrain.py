@@ -16,6 +16,7 @@ from medssl.data.preprocess import Preprocessing
 from medssl.data.readers.errors import ReadError
 from medssl.data.sample import Sample
 from medssl.data.seen import Seen
+from medssl.distributed import rank
 from medssl.models.encoder import Encoder, seen_by_encoders
 from medssl.models.folder import save_model, selftest_noise
 from medssl.objectives.base import Objective
@@ -39,12 +40,14 @@ def pretrain(
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     workers: int | None = None,
+    compiled: bool = False,
     cache: Path | None = None,
 ) -> dict[str, Any]:
     """Pretrain an encoder on unlabelled images and save it as an encoder folder.
 
     Every image that is not of the split "test" is used; labels are not looked at. Checkpoints lie
-    in OUT.work until the encoder is saved.
+    in OUT.work until the encoder is saved. On several GPUs: torchrun --nproc-per-node 4 --no-python
+    medssl pretrain ...; the batch is shared among them.
 
     Args:
         data: a folder, a file, or a manifest.
@@ -61,6 +64,7 @@ def pretrain(
         device: auto, cpu or cuda.
         precision: auto, fp32 or bf16; auto is bf16 on a GPU that has it.
         workers: processes that make views; the result does not depend on them. Auto by default.
+        compiled: let torch.compile make the networks faster; the first steps take minutes longer.
         cache: a folder for prepared images, which later epochs and later runs map into memory
             instead of decoding them again; it holds pixels, and at most 64 GiB.
     """
@@ -69,28 +73,27 @@ def pretrain(
         say(f"{out} is finished; nothing to do")
         return {"encoder": out, "finished": True, "failed": 0}
     _check_encoder(objective, preprocessing)
-    _check_free(out, resume)
+    if rank() == 0:
+        _check_free(out, resume)
     manifest, items = _chosen(data, groups, select, max_train, seed)
+    kept = None if cache is None else DecodedCache(cache)
+    samples = PreparedSamples(manifest, items, preprocessing, hashes=True, cache=kept)
+    options = {
+        "resume": resume,
+        "device": device,
+        "precision": precision,
+        "workers": workers,
+        "compiled": compiled,
+        "seed": seed,
+        "identity": {"data": manifest.digest, "preprocessing": str(preprocessing)},
+    }
+    if rank() > 0:  # the first process checks, tells, writes and saves
+        _, _, result = _trained(objective, samples, plan, _work_name(out), options)
+        return {"encoder": None, "finished": result["finished"], "failed": 0}
     work = _work_folder(out)
     with recorded("pretrain", arguments) as run:
         run.manifest(manifest)
-        kept = None if cache is None else DecodedCache(cache)
-        samples = PreparedSamples(manifest, items, preprocessing, hashes=True, cache=kept)
-        rows, domain = _readable(samples)
-        with progress(plan.clock(plan.steps).total_samples, "pretraining") as bar:
-            result = train(
-                objective,
-                cast(Sequence[Sample], Subset(cast(Any, samples), rows)),
-                plan,
-                workdir=work,
-                resume=resume,
-                device=device,
-                precision=precision,
-                workers=workers,
-                seed=seed,
-                identity={"data": manifest.digest, "preprocessing": str(preprocessing)},
-                on_step=_show(bar),
-            )
+        rows, domain, result = _trained(objective, samples, plan, work, options)
         failed = len(items) - len(rows)
         result |= {"images": len(rows), "encoder": None, "failed": failed}
         _tell(run, result)
@@ -102,6 +105,27 @@ def pretrain(
             run.artifact(out)
             shutil.rmtree(work)
     return result if result["finished"] else {**result, "failed": failed + 1}
+
+
+def _trained(
+    objective: Objective,
+    samples: PreparedSamples,
+    plan: TrainingPlan,
+    work: Path,
+    options: dict[str, Any],
+) -> tuple[list[int], dict[str, Any], dict[str, Any]]:
+    """The rows trained on, their domain, and what the training says."""
+    rows, domain = _readable(samples)
+    with progress(plan.clock(plan.steps).total_samples, "pretraining") as bar:
+        result = train(
+            objective,
+            cast(Sequence[Sample], Subset(cast(Any, samples), rows)),
+            plan,
+            workdir=work,
+            on_step=_show(bar),
+            **options,
+        )
+    return rows, domain, result
 
 
 def _save(
@@ -130,12 +154,13 @@ def _save(
 
 def _tell(run: Run, result: dict[str, Any]) -> None:
     """The closing lines, on the record too."""
-    speed = {name: result[name] for name in ("samples_per_second", "waiting_share")}
+    names = ("samples_per_second", "waiting_share", "peak_memory_gib")
+    speed = {name: result[name] for name in names}
     run.metrics({**speed, **result["statistics"]})
     run.tags({"verdict": result["verdict"] or "healthy"})
     say(
         f"{speed['samples_per_second']:.0f} samples/s, {speed['waiting_share']:.0%} of the time "
-        "waiting for data"
+        f"waiting for data, {speed['peak_memory_gib']:.1f} GiB at most"
     )
     if not result["finished"]:
         say("stopped as asked, and saved; --resume goes on from here")

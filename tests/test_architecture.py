@@ -13,6 +13,7 @@ PACKAGES = ("medssl", "anomaly", "pipelines")
 SOURCES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 
 DATA, MODELS, TRAINING = "medssl.data", "medssl.models", "medssl.training"
+DISTRIBUTED = "medssl.distributed"
 METRICS, LOSSES = "medssl.metrics", "medssl.objectives.losses"
 MAY_IMPORT = {  # folder or file -> what of ours it may import besides itself
     "medssl/data": (),
@@ -21,8 +22,18 @@ MAY_IMPORT = {  # folder or file -> what of ours it may import besides itself
     "medssl/checkpoint.py": (),
     "medssl/schedule.py": (),
     "medssl/stream.py": (DATA,),
-    "medssl/training.py": (DATA, MODELS, "medssl.checkpoint", "medssl.schedule", "medssl.stream"),
-    "medssl/objectives": (DATA, MODELS, TRAINING),
+    "medssl/distributed.py": (),
+    "medssl/failure.py": (DISTRIBUTED,),
+    "medssl/training.py": (
+        DATA,
+        MODELS,
+        DISTRIBUTED,
+        "medssl.checkpoint",
+        "medssl.failure",
+        "medssl.schedule",
+        "medssl.stream",
+    ),
+    "medssl/objectives": (DATA, MODELS, TRAINING, DISTRIBUTED),
     "medssl/probes": (DATA, MODELS, TRAINING, METRICS),
     "anomaly": (DATA, MODELS, TRAINING, METRICS, LOSSES),
     "pipelines": ("medssl", "anomaly"),

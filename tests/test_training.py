@@ -18,6 +18,7 @@ from torch import nn
 from medssl.data.image import Image, pixel_affine
 from medssl.data.modality import Modality
 from medssl.data.sample import Sample
+from medssl.failure import replay
 from medssl.training import (
     Clock,
     Trainable,
@@ -154,10 +155,31 @@ def test_workers_do_not_change_the_weights(tmp_path: Path):
     assert torch.equal(alone.layer.weight, helped.layer.weight)
 
 
-def test_a_loss_that_is_no_number_names_the_items(tmp_path: Path):
+def test_a_loss_that_is_no_number_names_the_items_and_can_be_replayed(tmp_path: Path):
     samples = [*SAMPLES[:3], sample(9, math.nan)]
-    with pytest.raises(FloatingPointError, match=r"nan at step 0 on the items .*item9"):
-        run(tmp_path, TrainingPlan(total_samples=8, batch_size=4), samples=samples)
+    plan = TrainingPlan(total_samples=8, batch_size=2, accumulation=2)
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step \d on the items .*item9"):
+        run(tmp_path, plan, samples=samples)
+    (file,) = tmp_path.glob("not_finite_*.pt")
+    again = replay(Regression(), file)
+    assert sorted(math.isnan(part["loss"]) for part in again) == [False, True]
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_weights_take_it(tmp_path: Path):
+    class Steep(Regression):
+        def loss(self, views):
+            predicted = self.layer(self.dropout(views["x"]))  # dropout draws: replay must as well
+            reached.append(predicted.detach().clone())
+            return {"loss": (predicted - predicted.detach()).abs().sqrt().sum()}  # 0 and slope inf
+
+    reached: list[torch.Tensor] = []
+    with pytest.raises(FloatingPointError, match=r"the gradient's norm is nan at step 0 on the"):
+        run(tmp_path, TrainingPlan(total_samples=8, batch_size=4), trainable=Steep())
+    (file,) = tmp_path.glob("not_finite_0_*.pt")
+    (again,) = replay(Steep(), file)
+    assert again["loss"] == 0
+    assert math.isnan(again["gradient of layer.weight"])
+    assert torch.equal(reached[0], reached[1])
 
 
 def test_a_verdict_reaches_the_callback_and_the_result(tmp_path: Path):
@@ -168,13 +190,21 @@ def test_a_verdict_reaches_the_callback_and_the_result(tmp_path: Path):
     warnings = []
     _, result = run(
         tmp_path,
-        TrainingPlan(total_samples=80, batch_size=4),
+        TrainingPlan(total_samples=480, batch_size=4, warmup_samples=60),
         trainable=Watched(),
         on_step=lambda report: warnings.append(report.warning),
     )
     assert result["verdict"].startswith("collapsed: loss")
-    assert warnings[:3] == [None] * 3  # too early to tell
-    assert any(warnings)
+    assert [step for step, warning in enumerate(warnings, 1) if warning] == [65, 115]
+
+
+def test_nothing_is_said_to_have_collapsed_before_the_warm_up_ends(tmp_path: Path):
+    class Watched(Regression):
+        def collapsed(self, statistics):
+            return "collapsed"
+
+    plan = TrainingPlan(total_samples=80, batch_size=4, warmup_samples=80)
+    assert run(tmp_path, plan, trainable=Watched())[1]["verdict"] is None
 
 
 def test_sigterm_saves_and_resuming_ends_in_the_same_weights(tmp_path: Path):

@@ -204,8 +204,9 @@ def test_message_passing_is_the_normalized_sum_over_neighbours():
     graph = networkx.Graph([(i, int(j)) for i in range(6) for j in edges[0, i]])
     adjacency = networkx.to_numpy_array(graph, nodelist=range(6)) + np.eye(6)
     root = np.diag(adjacency.sum(1) ** -0.5)
+    spread = root @ adjacency @ root
+    first, second = (linear.weight.detach().numpy() for linear in layer.rounds)
     wanted = nodes[0].numpy()
-    for linear in layer.rounds:
-        wanted = np.maximum(root @ adjacency @ root @ wanted @ linear.weight.detach().numpy().T, 0)
+    wanted = wanted + spread @ np.maximum(spread @ wanted @ first.T, 0) @ second.T
     found = layer(nodes, edges)[0].detach().numpy()
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)

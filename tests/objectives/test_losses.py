@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medssl.objectives.losses import distillation_loss, entropy
+from medssl.objectives.losses import (
+    distillation_loss,
+    entropy,
+    info_nce,
+    koleo,
+    masked_distillation_loss,
+    sinkhorn,
+)
 
 
 def test_entropy_of_uniform_and_certain_answers():
@@ -49,3 +56,109 @@ def test_a_view_is_not_compared_with_itself():
 def test_views_that_cannot_be_paired_are_refused(shapes):
     with pytest.raises(ValueError, match="must begin with the teacher's views"):
         distillation_loss(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
+
+
+@pytest.mark.parametrize("same", [None, [0, 1, 2, 0]])
+def test_info_nce_is_minus_the_log_share_of_the_partner_among_all_candidates(same):
+    first, second = (torch.randn(4, 6, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    ids = None if same is None else torch.tensor(same)
+    found = info_nce(first, second, temperature=0.2, same=ids)
+    for (rows, others), loss in zip(((first, second), (second, first)), found, strict=True):
+        total = 0.0
+        for i in range(4):
+            terms = []
+            for j in range(4):
+                if same is not None and i != j and same[i] == same[j]:
+                    continue
+                cosine = rows[i] @ others[j] / (rows[i].norm() * others[j].norm())
+                terms.append((math.exp(cosine.item() / 0.2), i == j))
+            total -= math.log(sum(t for t, own in terms if own) / sum(t for t, _ in terms))
+        assert loss.item() == pytest.approx(total / 4, rel=1e-5)
+
+
+def test_info_nce_of_equal_rows_is_the_log_of_their_number():
+    rows = torch.ones(8, 3)
+    losses = info_nce(rows, rows, temperature=0.1)
+    assert [loss.item() for loss in losses] == pytest.approx([math.log(8)] * 2, rel=1e-6)
+
+
+def test_the_distillation_loss_is_lightlys():
+    from lightly.loss import DINOLoss
+
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(v, 4, 9, generator=generator) for v in (5, 2))
+    reference = DINOLoss(output_dim=9, teacher_temp=0.05, student_temp=0.1)
+    wanted = reference(list(teacher), list(student))  # its centre is still 0
+    found = distillation_loss(
+        F.log_softmax(student / 0.1, dim=-1), F.softmax(teacher / 0.05, dim=-1)
+    )
+    torch.testing.assert_close(found, wanted)
+
+
+def test_the_masked_loss_is_lightlys_for_images_that_all_have_hidden_places():
+    from lightly.loss import IBOTPatchLoss
+
+    generator = torch.Generator().manual_seed(4)
+    masked = torch.zeros(3, 2, 4, dtype=torch.bool)
+    masked[0, 0, :3] = masked[1, 1, 1] = masked[2, :, 2] = True
+    student, teacher = (torch.randn(6, 11, generator=generator) for _ in range(2))
+    reference = IBOTPatchLoss(output_dim=11, teacher_temp=0.06, student_temp=0.1)
+    found = masked_distillation_loss(
+        F.log_softmax(student / 0.1, dim=-1), F.softmax(teacher / 0.06, dim=-1), masked.flatten(1)
+    )
+    torch.testing.assert_close(found, reference(teacher, student, masked))
+
+
+def test_images_without_hidden_places_do_not_count():
+    masked = torch.tensor([[True, True, False], [False, False, False], [False, True, False]])
+    student = F.log_softmax(torch.randn(3, 5, generator=torch.Generator().manual_seed(5)), dim=-1)
+    teacher = torch.full((3, 5), 0.2)
+    each = -(teacher * student).sum(-1)
+    wanted = ((each[0] + each[1]) / 2 + each[2]) / 2
+    torch.testing.assert_close(masked_distillation_loss(student, teacher, masked), wanted)
+    nothing = masked_distillation_loss(student[:0], teacher[:0], torch.zeros(2, 3).bool())
+    assert nothing == 0
+
+
+def test_sinkhorn_is_lightlys():
+    from lightly.loss.swav_loss import sinkhorn as reference
+
+    logits = torch.randn(12, 5, generator=torch.Generator().manual_seed(6))
+    for iterations in (1, 3):
+        wanted = reference(logits, iterations=iterations, epsilon=0.3)
+        torch.testing.assert_close(sinkhorn(logits, 0.3, iterations=iterations), wanted)
+
+
+def test_sinkhorn_uses_every_prototype_equally_and_never_overflows():
+    logits = torch.randn(24, 4, generator=torch.Generator().manual_seed(7)) * 0.2
+    logits[:, 0] += 1  # all rows like the first best
+    answers = sinkhorn(logits, 0.05, iterations=200)
+    torch.testing.assert_close(answers.sum(1), torch.ones(24))
+    torch.testing.assert_close(answers.sum(0), torch.full((4,), 6.0), rtol=1e-3, atol=1e-3)
+    assert sinkhorn(1000 * logits, 0.05).isfinite().all()
+
+
+def test_koleo_is_lightlys():
+    from lightly.loss import KoLeoLoss
+
+    embedding = torch.randn(10, 4, generator=torch.Generator().manual_seed(8))
+    torch.testing.assert_close(koleo(embedding), KoLeoLoss()(embedding), rtol=1e-4, atol=1e-5)
+
+
+def test_koleo_of_opposite_points_and_of_a_square():
+    assert koleo(torch.tensor([[3.0, 0.0], [-1.0, 0.0]])).item() == pytest.approx(-math.log(2))
+    square = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    assert koleo(square).item() == pytest.approx(-math.log(math.sqrt(2)))
+
+
+def test_duplicates_neither_make_koleo_infinite_nor_move():
+    point = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    loss = koleo(point)
+    loss.backward()
+    assert loss.item() == pytest.approx(-math.log(math.sqrt(2)), rel=1e-5)
+    assert point.grad is not None
+    assert point.grad.isfinite().all()
+    alone = torch.ones(4, 3, requires_grad=True)
+    koleo(alone).backward()
+    assert koleo(alone) == 0
+    assert not alone.grad.any()

@@ -1,5 +1,6 @@
 """The pretrain job: what it writes, what it refuses, and that a kill changes nothing."""
 
+import os
 import random
 import signal
 import subprocess
@@ -176,15 +177,47 @@ CONFIG = {
 }
 
 
+JOB = "import sys; from pipelines.cli import main; sys.exit(main())"
+
+
+def test_torchrun_shares_the_batch_and_one_process_writes(tmp_path: Path):
+    data = write_pictures(tmp_path / "data")
+    options = CONFIG["objective"]["init_args"]
+    encoder = {**options["encoder"], "init_args": {"name": "test_convnext", "in_channels": 1}}
+    small = {**options, "encoder": encoder, "local_crops": 0}
+    method = {**CONFIG["objective"], "init_args": small}
+    plan = {"total_samples": 12, "batch_size": 4, "learning_rate": 1e-5}
+    config = {**CONFIG, "objective": method, "plan": plan, "device": "cpu", "workers": 0}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "job.py").write_text(JOB)
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    said = {}
+    for name, start in (("one", []), ("two", two)):
+        command = [sys.executable, *start, "job.py", "pretrain", "config.yaml", "--data", str(data)]
+        done = subprocess.run(
+            [*command, "--out", name],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        said[name] = done.stdout
+    assert said["two"].count("waiting for data") == 1
+    one, two = (load_encoder(tmp_path / name).state_dict() for name in ("one", "two"))
+    apart = torch.cat([(two[name] - weight).abs().flatten() for name, weight in one.items()])
+    # a step of Adam is about 1e-5 either way, so another gradient would show in half of them
+    assert (apart > 3e-6).float().mean() < 0.02
+
+
 @pytest.mark.slow
 def test_a_killed_job_started_again_writes_the_weights_of_an_undisturbed_one(tmp_path: Path):
     data = write_pictures(tmp_path / "data")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    start = "import sys; from pipelines.cli import main; sys.exit(main())"
 
     def command(name: str, *more: str) -> list[str]:
         options = ["--data", str(data), "--out", str(tmp_path / name), "--device", "cpu", *more]
-        return [sys.executable, "-c", start, "pretrain", str(tmp_path / "config.yaml"), *options]
+        return [sys.executable, "-c", JOB, "pretrain", str(tmp_path / "config.yaml"), *options]
 
     subprocess.run(command("whole"), check=True, cwd=tmp_path)
     with subprocess.Popen(command("killed"), cwd=tmp_path) as process:

@@ -14,6 +14,7 @@ from medssl.data.image import Image, pixel_affine
 from medssl.data.modality import Modality
 from medssl.data.sample import Sample
 from medssl.data.views import Crops, MultiCrop
+from medssl.distributed import mean_of_all
 from medssl.models.encoder import Encoder
 from medssl.models.folder import load_encoder
 from medssl.models.heads import DINOHead
@@ -142,7 +143,7 @@ class DINO(Objective):
         momentum = cosine(self.momentum, 1.0, clock.progress)
         follow(self.teacher, self.encoder, momentum)
         follow(self.teacher_head, self.head, momentum)
-        mean = torch.stack(self._batch_means).mean(0)
+        mean = mean_of_all(torch.stack(self._batch_means).mean(0))
         self.center.lerp_(mean, 1 - self.center_momentum)
         self._batch_means.clear()
 
@@ -181,18 +182,18 @@ class DINO(Objective):
 
     @classmethod
     def example(cls) -> tuple[Self, list[Sample]]:
-        """A tiny residual network on one-channel noise with a bright or a dark half."""
+        """A tiny network without batch statistics on one-channel noise, half of it brighter."""
         from medssl.models.timm_encoder import TimmEncoder
 
         objective = cls(
-            TimmEncoder("test_resnet", in_channels=1),
+            TimmEncoder("test_convnext", in_channels=1),
             prototypes=16,
             hidden_dim=32,
             bottleneck_dim=16,
             momentum=0.9,
-            global_size=32,
+            global_size=64,
             local_crops=2,
-            local_size=16,
+            local_size=32,
         )
         generator = torch.Generator().manual_seed(0)
         return objective, [_example_sample(i, generator) for i in range(6)]

@@ -113,10 +113,12 @@ class LVMMed(Objective):
         )
         self.messages = GraphConvolution(projection_dim)
         self.register_buffer("noise_scale", torch.tensor(float(noise[0])))
+        self.register_buffer("steps", torch.tensor(0))
         self.noise_scale: Tensor
+        self.steps: Tensor
 
     def loss(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """views: "global" (B, 2, C, H, W) and "global_place" (B, 2, 2, 3).
+        """views: "global" (B, 2, C, H, W), "global_place" (B, 2, 2, 3) and "item" (B,).
 
         Returns "loss", and "matched": the share of images that are matched with themselves without
         noise, by embeddings alone.
@@ -142,11 +144,14 @@ class LVMMed(Objective):
                 first=edges[0],
                 second=edges[1],
             )
-        loss = matching_loss(affinity, noise=self._drawn(mixed), weight=self.perturbation)
+        loss = matching_loss(
+            affinity, noise=self._drawn(mixed, views["item"]), weight=self.perturbation
+        )
         return {"loss": loss, **_statistics(together.detach(), embedding.detach().float())}
 
     def after_step(self, clock: Clock) -> None:
         """Anneal the noise."""
+        self.steps.fill_(clock.step)
         self.noise_scale.fill_(cosine(*self.noise, clock.progress))
 
     def collapsed(self, statistics: Mapping[str, float]) -> str | None:
@@ -212,12 +217,23 @@ class LVMMed(Objective):
         ]
         return torch.stack(terms).mean(0)
 
-    def _drawn(self, like: Tensor) -> Tensor | None:
-        """Gumbel noise of the present scale."""
+    def _drawn(self, like: Tensor, items: Tensor) -> Tensor | None:
+        """Gumbel noise of the present scale, like (G, N, N).
+
+        Seeded by step and first item of each graph, so that it is the same however a batch is
+        split into passes and processes.
+        """
         if self.noise == (0, 0):
             return None
-        uniform = torch.rand_like(like).clamp(1e-9, 1 - 1e-7)
-        return -torch.log(-torch.log(uniform)) * self.noise_scale
+        step = self.steps.item()
+        seeds = [(item + step) & (2**63 - 1) for item in items[:: self.graph_size].tolist()]
+        uniform = torch.stack(
+            [
+                torch.rand(like.shape[1:], generator=torch.Generator().manual_seed(seed))
+                for seed in seeds
+            ]
+        ).clamp(1e-9, 1 - 1e-7)
+        return (-torch.log(-torch.log(uniform))).to(like) * self.noise_scale
 
 
 @torch.no_grad()

@@ -1,0 +1,103 @@
+"""Several processes that train together, as torchrun starts them; one is the simple case."""
+
+import os
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """The number of this process, 0 for the one that writes."""
+    return int(os.environ.get("RANK", 0))
+
+
+def processes() -> int:
+    """How many train together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def processes_here() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
+
+
+def started(device: str, precision: str) -> Any:
+    """A Fabric on one device, or on all those that torchrun has started.
+
+    device: auto, cpu or cuda. precision: auto, fp32 or bf16.
+    """
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
+
+    here = processes_here()
+    fabric = Fabric(
+        accelerator=device,
+        devices=here,
+        num_nodes=max(1, processes() // here),
+        # a mask token or a prompt that a step does not use has no gradient
+        strategy=DDPStrategy(find_unused_parameters=True) if processes() > 1 else "auto",
+        precision=_precision(precision, device),
+    )
+    fabric.launch()
+    return fabric
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """The rows of all processes, (B, ...) -> (P B, ...), in the order of their numbers.
+
+    The gradient is that of the sum of all processes' losses; DistributedDataParallel divides by
+    their number, so a mean over own rows against everybody's becomes the mean over all.
+    """
+    if not _together():
+        return rows
+    return _Gather.apply(rows)
+
+
+def own_rows(everybodys: Tensor) -> slice:
+    """Which rows of `gathered` are this process's."""
+    if not _together():
+        return slice(0, len(everybodys))
+    size = len(everybodys) // dist.get_world_size()
+    return slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
+
+
+def mean_of_all(values: Tensor) -> Tensor:
+    """The mean over the processes of a tensor of one shape, without gradient."""
+    if not _together():
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def sum_of_all(values: Tensor) -> Tensor:
+    """The sum over the processes of a tensor of one shape, without gradient."""
+    return mean_of_all(values) * (dist.get_world_size() if _together() else 1)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        total = gradient.contiguous()
+        dist.all_reduce(total)
+        return total[own_rows(total)]
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _precision(precision: str, device: str) -> Literal["bf16-mixed", "32-true"]:
+    """bf16 where the device is a GPU that has it, unless told."""
+    if precision == "auto":
+        gpu = device in ("auto", "cuda", "gpu") and torch.cuda.is_available()
+        precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16-mixed" if precision == "bf16" else "32-true"
