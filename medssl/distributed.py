@@ -86,7 +86,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        total = gradient.contiguous()
+        total = gradient.clone(memory_format=torch.contiguous_format)  # it may be shared
         dist.all_reduce(total)
         return total[own_rows(total)]
 

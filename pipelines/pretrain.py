@@ -1,6 +1,7 @@
 """Unlabelled images -> an encoder folder."""
 
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -136,20 +137,25 @@ def _save(
     card: str,
     seen: Seen,
 ) -> Path:
-    encoder = objective.export()["image"].cpu()
+    """The encoder folder, with further networks in folders of their own inside; whole or not at
+    all."""
+    networks = {name: network.cpu() for name, network in objective.export().items()}
+    encoder = networks.pop("image")
     assert isinstance(encoder, Encoder)
     encoder.preprocessing = preprocessing
-    noise = selftest_noise((2, encoder.in_channels, *preprocessing.size))
-    return save_model(
-        out,
-        encoder,
-        kind="encoder",
-        preprocessing=preprocessing,
-        domain=domain,
-        card=card,
-        noise=noise,
-        files={"seen.json": seen.to_dict()},
-    )
+    same: dict[str, Any] = {"preprocessing": preprocessing, "domain": domain, "card": card}
+    whole = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)) / "encoder"
+    try:
+        noise = selftest_noise((2, encoder.in_channels, *preprocessing.size))
+        files = {"seen.json": seen.to_dict()}
+        save_model(whole, encoder, kind="encoder", noise=noise, files=files, **same)
+        for name, network in networks.items():
+            noise = selftest_noise((2, encoder.embedding_dim))
+            save_model(whole / name, network, kind="text", noise=noise, **same)
+        whole.rename(out)
+    finally:
+        shutil.rmtree(whole.parent)
+    return out
 
 
 def _tell(run: Run, result: dict[str, Any]) -> None:

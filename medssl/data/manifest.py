@@ -13,6 +13,7 @@ from medssl.data.groups import read_groups
 from medssl.data.image import Image, PointCloud
 from medssl.data.layouts.mvtec_ad import is_mvtec_ad, place_mvtec_ad
 from medssl.data.layouts.plain import Entry, Listing, find_images
+from medssl.data.layouts.reports_csv import is_reports_csv, place_reports_csv, report_of
 from medssl.data.modality import Modality
 from medssl.data.privacy import key_fingerprint, salted
 from medssl.data.readers.any import Kind, read_image
@@ -183,7 +184,8 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def build_manifest(path: Path, *, groups: str | None = None) -> Manifest:
-    """The images of a folder (MVTec AD's layout or any other), of one file, or of a manifest.
+    """The images of a folder (in MVTec AD's layout, with a table of reports, or any other), of one
+    file, or of a manifest.
 
     Headers are read, pixels are not.
 
@@ -216,9 +218,11 @@ def check_any(manifest: Manifest, path: Path) -> None:
 
 
 def manifest_of(path: Path, listing: Listing) -> Manifest:
-    """The manifest of what was found in a folder, placed as MVTec AD's layout says where it is."""
+    """The manifest of what was found in a folder, placed as its layout says where it has one."""
     if is_mvtec_ad(path):
         listing = place_mvtec_ad(path, listing)
+    elif is_reports_csv(path):
+        listing = place_reports_csv(path, listing)
     items = _items(listing.entries)
     return Manifest(items=items, key=key_fingerprint(), skipped=listing.skipped)
 
@@ -293,10 +297,15 @@ def annotated(manifest: Manifest, item: Item) -> Sample:
     """
     report = manifest.report_of(item)
     try:
-        text = None if report is None else read_text(Path(report.path))
+        text = None if report is None else _report(Path(report.path), item)
     except ReadError as error:
         raise type(error)(f"item {item.item}: {error}") from error
     return Sample(item=item.item, report=text, label=item.label, group=item.group, study=item.study)
+
+
+def _report(file: Path, item: Item) -> str:
+    """Of a file of its own, or of a table of reports."""
+    return report_of(file, Path(item.path)) if file.suffix == ".csv" else read_text(file)
 
 
 def files_of(item: Item) -> list[Path]:

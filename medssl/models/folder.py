@@ -32,7 +32,7 @@ from medssl.data.preprocess import Preprocessing
 from medssl.data.seen import Seen
 from medssl.models.encoder import Encoder
 
-Kind = Literal["encoder", "detector", "probe"]
+Kind = Literal["encoder", "detector", "probe", "text"]
 TRUSTED = ("medssl", "anomaly")
 FORMAT = 1
 _SELFTEST_TOLERANCE = 1e-3

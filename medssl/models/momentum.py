@@ -15,6 +15,8 @@ def teacher_of(student: Network) -> Network:
     for module in teacher.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
         elif hasattr(module, "drop_prob"):  # stochastic depth of timm and torchvision
             cast(Any, module).drop_prob = 0.0
     return teacher

@@ -101,8 +101,8 @@ def info_nce(
     `temperature`. Rows of all processes are candidates.
 
     first, second: (B, E), row i of one belongs to row i of the other.
-    same: (B,) int64; rows of one number (one patient, one study, one sentence) are not held against
-        each other.
+    same: (B, N) int64; rows that share any of N numbers (of a patient, a study, a sentence) are
+        not held against each other.
     Returns the scalars first -> second and second -> first; log of the number of candidates is
     chance.
     """
@@ -112,7 +112,7 @@ def info_nce(
     target = torch.arange(own.start, own.stop, device=first.device)
     excluded = None
     if same is not None:
-        excluded = same[:, None] == gathered(same)[None]
+        excluded = (same[:, None] == gathered(same)[None]).any(-1)
         excluded[torch.arange(len(same), device=same.device), target] = False
     losses = []
     for side, others in ((sides[0], everyone[1]), (sides[1], everyone[0])):

@@ -32,6 +32,8 @@ def first_gradients(method: type[Objective]) -> dict[str, Tensor]:
     for module in objective.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
         elif hasattr(module, "drop_prob"):
             module.drop_prob = 0.0
     units = Stream(samples, batch_size=1, one_per=objective.one_per, seed=0).per_epoch

@@ -61,7 +61,7 @@ def test_views_that_cannot_be_paired_are_refused(shapes):
 @pytest.mark.parametrize("same", [None, [0, 1, 2, 0]])
 def test_info_nce_is_minus_the_log_share_of_the_partner_among_all_candidates(same):
     first, second = (torch.randn(4, 6, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
-    ids = None if same is None else torch.tensor(same)
+    ids = None if same is None else torch.tensor([same, [4, 5, 6, 7]]).T
     found = info_nce(first, second, temperature=0.2, same=ids)
     for (rows, others), loss in zip(((first, second), (second, first)), found, strict=True):
         total = 0.0

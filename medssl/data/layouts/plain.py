@@ -46,7 +46,7 @@ class Entry:
 
     path: the picture, the NIfTI file, the folder of a DICOM series, its only file or its archive.
     relative: `path` within the root.
-    of: the `key` of the image that a mask belongs to.
+    of: the `key` of the image that a mask or report belongs to.
     series, group, study, modality: as in `medssl.data.manifest.Item`.
     split, label, category, defect: as there.
     volume: what the headers of a DICOM series say, or None.
@@ -54,12 +54,12 @@ class Entry:
 
     path: Path
     relative: PurePosixPath
-    kind: Kind
+    kind: Kind | Literal["text"]
     series: str | None = None
     group: str | None = None
     study: str | None = None
     modality: Modality = Modality.UNKNOWN
-    role: Literal["image", "mask"] = "image"
+    role: Literal["image", "mask", "report"] = "image"
     of: str | None = None
     split: Literal["train", "test"] | None = None
     label: int | None = None
