@@ -25,7 +25,7 @@ from medssl.training import Clock, cosine, split_by_decay
 
 _AUGMENTATION = Augmentation()
 _UNIFORM = 0.97  # of ln K: a healthy run stays below, a uniform teacher above
-_CONCENTRATED = 0.5  # of the most the entropy of the mean can be
+_CONCENTRATED = 0.25  # of the most the entropy of the mean can be; healthy runs pass 0.4 early on
 _CONSTANT = 0.02  # spread of embeddings of unit length; 1 where they point everywhere evenly
 
 

@@ -169,7 +169,8 @@ def statistics(**changes: float) -> dict[str, float]:
     [
         ({}, None),
         ({"loss": 0.0, "teacher_entropy": 0.0, "entropy_of_mean": 0.0}, "collapsed: the teacher"),
-        ({"loss": 1.56, "teacher_entropy": 1.5, "entropy_of_mean": 1.55}, "collapsed: the teacher"),
+        ({"loss": 1.1, "teacher_entropy": 1.0, "entropy_of_mean": 1.05}, "collapsed: the teacher"),
+        ({"loss": 2.3, "teacher_entropy": 1.6, "entropy_of_mean": 2.2}, None),
         ({"feature_spread": 0.001}, "collapsed: the encoder"),
         (
             {"loss": math.log(256), "teacher_entropy": 5.54, "entropy_of_mean": 5.545},
@@ -177,7 +178,7 @@ def statistics(**changes: float) -> dict[str, float]:
         ),
         ({"teacher_rows": 8.0, "teacher_entropy": 0.5, "entropy_of_mean": 1.9}, None),
     ],
-    ids=["healthy", "one answer", "few answers", "one embedding", "uniform", "small batch"],
+    ids=["healthy", "one answer", "few answers", "early on", "one embedding", "uniform", "small batch"],
 )
 def test_the_collapse_watch_tells_the_ways_to_fail_apart(changes, beginning):
     verdict = objective(prototypes=256).collapsed(statistics(**changes))
