@@ -14,13 +14,15 @@ import pytest
 import torch
 import yaml
 
-from medssl.data.augment import Augmentation
 from medssl.data.manifest import NoDataError, build_manifest, load_sample
 from medssl.data.preprocess import Preprocessing
+from medssl.data.views import MultiCrop
 from medssl.models.folder import load_encoder, load_model
 from medssl.models.timm_encoder import TimmEncoder
+from medssl.objectives.base import Objective
 from medssl.objectives.joint_embedding.dino import DINO
 from medssl.training import TrainingPlan
+from pipelines.cli import _parser
 from pipelines.pretrain import pretrain
 
 PREPROCESSING = Preprocessing(size=(32, 32), intensity="range", channels=1)
@@ -233,14 +235,19 @@ def test_a_killed_job_started_again_writes_the_weights_of_an_undisturbed_one(tmp
     assert whole == killed
 
 
-def test_the_configs_in_the_house_build_what_they_name():
-    from jsonargparse import ArgumentParser
-
-    for file in sorted(Path("configs/pretrain").glob("*.yaml")):
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_function_arguments(pretrain, skip={"data", "out"}, as_group=False)
-        values = parser.instantiate(parser.parse_path(file))
-        assert isinstance(values.plan, TrainingPlan), file
-        assert isinstance(values.objective, DINO), file
-        assert isinstance(values.objective.augmentation, Augmentation)
-        assert values.objective.global_size <= values.preprocessing.size[0], file
+@pytest.mark.parametrize("file", sorted(Path("configs/pretrain").glob("*.yaml")), ids=str)
+def test_the_configs_in_the_house_build_what_they_name(file: Path):
+    parser = _parser("pretrain", pretrain)
+    places = {"data": ".", "out": "there"}
+    given = {**yaml.safe_load(file.read_text()), **places}
+    values = parser.instantiate(parser.parse_object(given))
+    assert isinstance(values.plan, TrainingPlan)
+    assert isinstance(values.objective, Objective)
+    views = values.objective.views
+    crops = (views if isinstance(views, MultiCrop) else views.crop).large
+    assert crops.size <= values.preprocessing.size[0]
+    named = yaml.safe_load(file.read_text())["objective"]["init_args"].get("augmentation", {})
+    kind = named.get("class_path", "medssl.data.augment.Augmentation").rpartition(".")[2]
+    assert type(values.objective.augmentation).__name__ == kind
+    first = file.read_text().partition("\n")[0]
+    assert first.startswith(f"# medssl pretrain {file} --data ")

@@ -178,7 +178,15 @@ def statistics(**changes: float) -> dict[str, float]:
         ),
         ({"teacher_rows": 8.0, "teacher_entropy": 0.5, "entropy_of_mean": 1.9}, None),
     ],
-    ids=["healthy", "one answer", "few answers", "early on", "one embedding", "uniform", "small batch"],
+    ids=[
+        "healthy",
+        "one answer",
+        "few answers",
+        "early on",
+        "one embedding",
+        "uniform",
+        "small batch",
+    ],
 )
 def test_the_collapse_watch_tells_the_ways_to_fail_apart(changes, beginning):
     verdict = objective(prototypes=256).collapsed(statistics(**changes))
