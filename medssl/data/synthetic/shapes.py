@@ -59,8 +59,8 @@ def shape_pictures(count: int, *, seed: int) -> ShapePictures:
         angle = torch.tensor(turn * 2 * torch.pi)
         ramp = ((rows / SIDE - 0.5) * angle.sin() + (columns / SIDE - 0.5) * angle.cos()) * slope
         contrast = (0.6 + 0.8 * abs(2 * sign - 1)) * (1 if bright else -1)
-        noise = 0.35 * torch.randn(SIDE, SIDE, generator=generator)
-        picture[0] = inside * contrast + 0.6 * ramp + noise
+        noise = 0.45 * torch.randn(SIDE, SIDE, generator=generator)
+        picture[0] = inside * contrast + 0.2 * ramp + noise
         reports.append(_report(name, half, bright, middle))
     return ShapePictures(pixels=pixels, labels=labels, reports=tuple(reports))
 
