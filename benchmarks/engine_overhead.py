@@ -4,8 +4,7 @@ python benchmarks/engine_overhead.py [--network resnet10t] [--size 64] [--batch-
     [--steps 20] [--repeats 7]
 
 Both sides take turns in one process, `steps` steps at a time. Prints one JSON line: seconds per
-step
-of each (the median over repeats) and their ratio.
+step of each (the median over repeats) and their ratio.
 """
 
 import argparse
