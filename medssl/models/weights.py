@@ -28,11 +28,18 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
 
 
 def load_weights(network: nn.Module, file: Path, *, ignore: tuple[str, ...] = ()) -> None:
-    """Load a state dict strictly; keys that begin with one of `ignore` may be extra.
+    """Load a state dict from a file, as `fit_weights` does."""
+    fit_weights(network, read_state_dict(file), name=file.name, ignore=ignore)
 
+
+def fit_weights(
+    network: nn.Module, state: dict[str, Tensor], *, name: str, ignore: tuple[str, ...] = ()
+) -> None:
+    """Take a state dict strictly; keys that begin with one of `ignore` may be extra.
+
+    name: of the file, for messages.
     Raises ValueError naming the first keys that are missing, unknown or of another shape.
     """
-    state = read_state_dict(file)
     wanted = network.state_dict()
     missing = [key for key in wanted if key not in state]
     unknown = [key for key in state if key not in wanted and not key.startswith(ignore)]
@@ -43,7 +50,7 @@ def load_weights(network: nn.Module, file: Path, *, ignore: tuple[str, ...] = ()
     ]
     if missing or unknown or shapes:
         raise ValueError(
-            f"{file.name} does not fit {type(network).__name__}: "
+            f"{name} does not fit {type(network).__name__}: "
             f"missing {missing[:3]}, unknown {unknown[:3]}, of another shape {shapes[:3]}"
         )
     network.load_state_dict({key: state[key] for key in wanted})
