@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medssl.distributed import gathered, own_rows, sum_of_all
+from medssl.distributed import gathered, mean_of_all, own_rows, sum_of_all
 
 _SAME = 1 - 1e-6  # cosine from which on two embeddings are those of one and the same image
 
@@ -49,7 +49,8 @@ def masked_distillation_loss(student: Tensor, teacher: Tensor, masked: Tensor) -
     hidden = masked.sum(1)  # (B,)
     weight = (1 / hidden.clamp(min=1))[:, None].expand_as(masked)[masked]
     entropies = -(teacher * student).sum(-1)
-    return (entropies * weight).sum() / (hidden > 0).sum().clamp(min=1)
+    counting = mean_of_all((hidden > 0).sum().float())  # processes share a batch's masks unevenly
+    return (entropies * weight).sum() / counting.clamp(min=1e-6)
 
 
 @torch.no_grad()
@@ -57,16 +58,19 @@ def sinkhorn(logits: Tensor, temperature: float, *, iterations: int = 3) -> Tens
     """Answers that are as sharp as `temperature` and use all prototypes equally over the batch.
 
     Sinkhorn-Knopp normalization of exp(logits / temperature) (SwAV, https://arxiv.org/abs/2006.09882,
-    sec. 3.1; DINOv2, sec. 4): columns, then rows, `iterations` times. Rows of all processes count.
+    sec. 3.1; DINOv2, sec. 4): columns, then rows, `iterations` times. Rows of all processes count,
+    however many each has.
 
     logits: (R, K). Returns (R, K), each row summing to 1.
     """
-    answers = gathered(logits.float()) / temperature  # logarithms, which cannot overflow
-    rows, prototypes = answers.shape
+    answers = logits.float() / temperature  # logarithms, which cannot overflow
+    prototypes = answers.shape[1]
+    rows = sum_of_all(torch.tensor(float(len(answers)), device=answers.device)).log()
     for _ in range(iterations):
-        answers = answers - answers.logsumexp(0, keepdim=True) - math.log(prototypes)
-        answers = answers - answers.logsumexp(1, keepdim=True) - math.log(rows)
-    return (answers + math.log(rows)).exp()[own_rows(answers)]
+        columns = gathered(answers.logsumexp(0, keepdim=True)).logsumexp(0)
+        answers = answers - columns - math.log(prototypes)
+        answers = answers - answers.logsumexp(1, keepdim=True) - rows
+    return (answers + rows).exp()
 
 
 def koleo(embedding: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """DINO (Caron et al., ICCV 2021, https://arxiv.org/abs/2104.14294)."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,13 +19,11 @@ from medssl.models.folder import load_encoder
 from medssl.models.heads import DINOHead
 from medssl.models.momentum import follow, teacher_of
 from medssl.objectives.base import Objective
-from medssl.objectives.losses import distillation_loss, entropy
+from medssl.objectives.losses import distillation_loss
+from medssl.objectives.teacher import teacher_statistics, teacher_verdict
 from medssl.training import Clock, cosine, split_by_decay
 
 _AUGMENTATION = Augmentation()
-_UNIFORM = 0.97  # of ln K: a healthy run stays below, a uniform teacher above
-_CONCENTRATED = 0.25  # of the most the entropy of the mean can be; healthy runs pass 0.4 early on
-_CONSTANT = 0.02  # spread of embeddings of unit length; 1 where they point everywhere evenly
 
 
 class DINO(Objective):
@@ -128,7 +125,7 @@ class DINO(Objective):
             self._batch_means.append(logits.mean((0, 1)))
         student = [self._student(views[name]) for name in ("global", "local") if name in views]
         loss = distillation_loss(torch.cat(student), sharpened)
-        return {"loss": loss, **_statistics(sharpened.flatten(0, 1), embedding.float())}
+        return {"loss": loss, **teacher_statistics(sharpened.flatten(0, 1), embedding.float())}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The student's; the prototypes apart, because they stay as they are at first."""
@@ -149,32 +146,7 @@ class DINO(Objective):
 
     def collapsed(self, statistics: Mapping[str, float]) -> str | None:
         """Names a teacher that says the same of every image, or one that says nothing yet."""
-        if not statistics:
-            return None
-        most = math.log(self.prototypes)
-        possible = min(most, math.log(statistics["teacher_rows"]))
-        of_mean, loss = statistics["entropy_of_mean"], statistics["loss"]
-        if of_mean < _CONCENTRATED * possible:
-            return (
-                f"collapsed: the teacher gives nearly all images the same {math.exp(of_mean):.1f} "
-                f"of {self.prototypes} prototypes (entropy of its mean answer {of_mean:.2f}, it "
-                f"could be {possible:.2f}; loss {loss:.2f}). Check that center_momentum is about "
-                "0.9, raise teacher_temperature a little, or lower the learning rate"
-            )
-        if statistics["feature_spread"] < _CONSTANT:
-            return (
-                "collapsed: the encoder gives nearly the same embedding to every image (spread "
-                f"{statistics['feature_spread']:.3f}, 1 is even). Lower the learning rate and the "
-                "weight decay, and check that the images differ"
-            )
-        if loss > _UNIFORM * most and statistics["teacher_entropy"] > _UNIFORM * most:
-            return (
-                f"not learning yet: the teacher is uniform (entropy "
-                f"{statistics['teacher_entropy']:.2f} and loss {loss:.2f}, ln of {self.prototypes} "
-                f"prototypes is {most:.2f}). On few images use 64 to 256 prototypes, momentum 0.95 "
-                "to 0.99, learning rate 2e-3 and teacher_temperature 0.04, and train longer"
-            )
-        return None
+        return teacher_verdict(statistics, self.prototypes)
 
     def export(self) -> dict[str, nn.Module]:
         """The teacher, which is the better of the two (sec. 5.2)."""
@@ -209,19 +181,6 @@ class DINO(Objective):
 def _one_by_one(views: Tensor) -> Tensor:
     """(B, V, C, H, W) -> (V B, C, H, W), all of the first view first."""
     return views.transpose(0, 1).flatten(0, 1)
-
-
-@torch.no_grad()
-def _statistics(answers: Tensor, embedding: Tensor) -> dict[str, Tensor]:
-    """answers: (R, K) of the teacher; embedding: (R, E). Scalars for the collapse watch."""
-    direction = F.normalize(embedding, dim=-1)
-    spread = direction.std(0, correction=0).square().sum().sqrt()  # 1 where directions are even
-    return {
-        "teacher_entropy": entropy(answers).mean(),
-        "entropy_of_mean": entropy(answers.mean(0)),
-        "teacher_rows": answers.new_tensor(float(len(answers))),
-        "feature_spread": spread,
-    }
 
 
 def _example_sample(index: int, generator: torch.Generator) -> Sample:

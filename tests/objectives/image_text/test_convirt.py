@@ -101,7 +101,7 @@ def test_it_learns_which_sentence_belongs_to_which_picture(tmp_path: Path):
         replace(sample, report=sentences(sample.report or "")[0])
         for sample in shape_samples(12, seed=4)
     ]
-    plan = TrainingPlan(total_samples=12 * 60, batch_size=12, learning_rate=3e-3)
+    plan = TrainingPlan(total_samples=12 * 120, batch_size=12, learning_rate=3e-3)
     result = train(objective, samples, plan, workdir=tmp_path, device="cpu", workers=0)
     assert result["statistics"]["loss"] < 0.7 * math.log(12)
     assert result["verdict"] is None
