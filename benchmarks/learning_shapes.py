@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,18 +35,15 @@ from medssl.probes.retrieval import recall_at
 from medssl.training import TrainingPlan, train
 
 CLASSIFIED = ("dino", "first_order", "second_order")
-# what two views of a shape must not have in common: its sign, and the ramp behind it
+# what two views of a shape must not have in common: its sign, contrast and noise
 AUGMENTATION = MRAugmentation(
-    gain=0.3,
-    offset=0.3,
+    gain=0.8,
+    offset=0.5,
     gamma=0.0,
-    noise=0.2,
-    blur=0.7,
-    bias=0.5,
-    ghosting=0.0,
-    spike=0.0,
-    gibbs=1.0,
-    artefact_probability=0.8,
+    noise=1.0,
+    noise_probability=1.0,
+    blur_probability=0.0,
+    artefact_probability=0.0,
     inversion_probability=0.5,
 )
 
@@ -73,8 +71,7 @@ class SmallNet(Encoder):
         return found.mean((2, 3)), found
 
 
-def dino(encoder: Encoder, *, prototypes: int = 64, momentum: float = 0.95, **more) -> DINO:
-    """Small crops are most of the picture, for a piece of a shape is no shape."""
+def dino(encoder: Encoder, *, prototypes: int = 256, momentum: float = 0.99, **more: Any) -> DINO:
     return DINO(
         encoder,
         prototypes=prototypes,
@@ -82,10 +79,8 @@ def dino(encoder: Encoder, *, prototypes: int = 64, momentum: float = 0.95, **mo
         hidden_dim=512,
         bottleneck_dim=64,
         global_size=32,
-        global_scale=(0.6, 1.0),
-        local_crops=2,
-        local_size=24,
-        local_scale=(0.4, 0.8),
+        global_scale=(0.35, 1.0),
+        local_crops=0,
         augmentation=AUGMENTATION,
         **more,
     )
@@ -109,12 +104,13 @@ def convirt(encoder: Encoder) -> ConVIRT:
     return ConVIRT(encoder, text=text, dim=64, size=32, scale=(0.9, 1.0), augmentation=plain)
 
 
-OBJECTIVES: dict[str, tuple[Callable[[Encoder], Objective], int]] = {
-    "dino": (dino, 90_000),
-    "first_order": (lambda encoder: lvm_med(encoder, second_order=False), 72_000),
-    "second_order": (lambda encoder: lvm_med(encoder, second_order=True), 72_000),
-    "convirt": (convirt, 36_000),
-    "shuffled": (convirt, 36_000),
+# how it is made, samples seen, batch size
+OBJECTIVES: dict[str, tuple[Callable[[Encoder], Objective], int, int]] = {
+    "dino": (dino, 200_000, 64),
+    "first_order": (lambda encoder: lvm_med(encoder, second_order=False), 72_000, 128),
+    "second_order": (lambda encoder: lvm_med(encoder, second_order=True), 72_000, 128),
+    "convirt": (convirt, 48_000, 128),
+    "shuffled": (convirt, 48_000, 128),
 }
 
 
@@ -145,14 +141,14 @@ def main() -> None:
 
 
 def trained(method: str, encoder: Encoder, seed: int) -> tuple[Objective, str]:
-    make, total_samples = OBJECTIVES[method]
+    make, total_samples, batch_size = OBJECTIVES[method]
     samples = shape_samples(3000, seed=100)
     if method == "shuffled":
         samples = with_reports_of_others(samples)
     objective = make(encoder)
     plan = TrainingPlan(
         total_samples=total_samples,
-        batch_size=128,
+        batch_size=batch_size,
         learning_rate=2e-3,
         warmup_samples=1000,
         weight_decay=(0.04, 0.04),

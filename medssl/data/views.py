@@ -41,9 +41,10 @@ class Crops:
 
     def __call__(self, image: Image, generator: torch.Generator) -> list[Image]:
         """`count` crops of a 2D image; the affine of each leads to the image's own frame."""
-        return [self._one(image, generator) for _ in range(self.count)]
+        return [self.once(image, generator) for _ in range(self.count)]
 
-    def _one(self, image: Image, generator: torch.Generator) -> Image:
+    def once(self, image: Image, generator: torch.Generator) -> Image:
+        """One of them."""
         draws = torch.rand(5, generator=generator).tolist()
         height, width = image.spatial_shape
         area = height * width * (self.scale[0] + draws[0] * (self.scale[1] - self.scale[0]))
@@ -64,6 +65,9 @@ class MultiCrop:
 
     A volume gives one slice per call, drawn along D among the slices that hold something.
 
+    neighbours_mm: the large crops after the first are cut from slices up to so far from the first
+        one's, so that neighbours in a volume belong together as crops of one slice do; 0 for the
+        same slice. It needs a spacing in mm, and means nothing for pictures.
     window_share: (smallest, largest) share of the intensities of the whole picture or volume that a
         crop shows, before the augmentation; each crop draws its own (see
         `medssl.data.augment.random_window`). It is a window in HU where a CT reaches both ends of
@@ -73,9 +77,12 @@ class MultiCrop:
     large: Crops
     small: Crops
     augmentation: Augmentation
+    neighbours_mm: float = 0.0
     window_share: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        if self.neighbours_mm < 0:
+            raise ValueError(f"neighbours_mm must not be negative, got {self.neighbours_mm}")
         share = self.window_share
         if share is not None and not 0 < share[0] <= share[1] <= 1:
             raise ValueError(
@@ -91,35 +98,39 @@ class MultiCrop:
         if self.window_share is not None:
             low, high = torch.aminmax(image.pixels)  # of the volume: a slice may hold no air
             limits = (low.item(), high.item())
-        if image.axes == "DHW":
-            image = random_slice(image, generator)
-        if image.axes != "HW":
+        if image.axes not in ("HW", "DHW"):
             raise ValueError(
                 f"item {sample.item}: views need axes HW or DHW, got {image.axes}; a time series "
                 "has to be cut into its frames first"
             )
         image = replace(image, valid=None)  # preprocessing has filled what is not valid
-        views = self._stack("global", image, self.large, generator, limits)
+        slices = [image] * self.large.count
+        if image.axes == "DHW":
+            slices = near_slices(image, self.large.count, self.neighbours_mm, generator)
+        cut = [self.large.once(one, generator) for one in slices]
+        views = self._changed("global", cut, slices, generator, limits)
         if self.small.count:
-            views |= self._stack("local", image, self.small, generator, limits)
+            cut = self.small(slices[0], generator)
+            views |= self._changed("local", cut, slices[:1] * len(cut), generator, limits)
         return views
 
-    def _stack(
+    def _changed(
         self,
         name: str,
-        image: Image,
-        crops: Crops,
+        cut: list[Image],
+        sources: list[Image],
         generator: torch.Generator,
         limits: tuple[float, float] | None,
     ) -> dict[str, Tensor]:
-        cut = crops(image, generator)
         views = [view.pixels for view in cut]
         if self.window_share is not None and limits is not None:
             share = self.window_share
             views = [random_window(view, generator, limits=limits, share=share) for view in views]
         return {
             name: torch.stack([self.augmentation(view, generator) for view in views]),
-            f"{name}_place": torch.stack([place(view, image) for view in cut]),
+            f"{name}_place": torch.stack(
+                [place(view, source) for view, source in zip(cut, sources, strict=True)]
+            ),
         }
 
 
@@ -153,12 +164,30 @@ def take_slice(volume: Image, index: int) -> Image:
 
 def random_slice(volume: Image, generator: torch.Generator) -> Image:
     """A slice along D, drawn evenly among those that are not constant; any where all are."""
+    return near_slices(volume, 1, 0.0, generator)[0]
+
+
+def near_slices(
+    volume: Image, count: int, reach_mm: float, generator: torch.Generator
+) -> list[Image]:
+    """`count` slices along D that are not constant: the first anywhere, the others drawn evenly
+    among those at most `reach_mm` from it (any where all slices are constant).
+
+    Raises ValueError for a reach in a volume without spacing.
+    """
     spans = volume.pixels.amax((0, 2, 3)) - volume.pixels.amin((0, 2, 3))  # (D,)
     candidates = (spans > _EMPTY_SLICE * spans.max()).nonzero()[:, 0]
     if len(candidates) == 0:
         candidates = torch.arange(len(spans))
-    pick = torch.randint(len(candidates), (1,), generator=generator)
-    return take_slice(volume, int(candidates[pick]))
+    first = candidates[torch.randint(len(candidates), (1,), generator=generator)]
+    chosen = [int(first)] * count
+    if reach_mm > 0:
+        if volume.spacing is None:
+            raise ValueError("neighbours within mm need a volume with a spacing; set none")
+        near = candidates[(candidates - first).abs() * volume.spacing[0] <= reach_mm + 1e-6]
+        picks = torch.randint(len(near), (count - 1,), generator=generator)
+        chosen[1:] = near[picks].tolist()
+    return [take_slice(volume, index) for index in chosen]
 
 
 def mirror(image: Image) -> Image:

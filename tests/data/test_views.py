@@ -7,7 +7,7 @@ from medssl.data.augment import Augmentation
 from medssl.data.image import Image, pixel_affine
 from medssl.data.modality import Modality
 from medssl.data.sample import Sample
-from medssl.data.views import Crops, MultiCrop, mirror, random_slice, take_slice
+from medssl.data.views import Crops, MultiCrop, mirror, near_slices, random_slice, take_slice
 
 STILL = Augmentation(intensity_probability=0, noise_probability=0, blur_probability=0)
 
@@ -186,3 +186,42 @@ def test_every_crop_has_a_window_of_its_own_and_none_by_default():
 def test_a_window_share_that_is_no_share_is_refused(share):
     with pytest.raises(ValueError, match=r"share of a window within \(0, 1\]"):
         multi_crop(window_share=share)
+
+
+def thick(depth: int = 12, spacing: tuple[float, float, float] | None = (2.5, 1.0, 1.0)) -> Image:
+    """Slice d holds d + 1 and, in one pixel, nothing."""
+    pixels = torch.arange(1.0, depth + 1)[None, :, None, None].repeat(1, 1, 8, 8)
+    pixels[..., 0, 0] = 0
+    return Image(
+        pixels=pixels,
+        axes="DHW",
+        modality=Modality.MR,
+        affine=torch.diag(torch.tensor([2.5, 1, 1, 1], dtype=torch.float64)),
+        frame="patient",
+        spacing=spacing,
+    )
+
+
+def test_the_second_large_crop_may_come_from_a_slice_within_so_many_mm():
+    apart, together = set(), set()
+    for seed in range(200):
+        for reach, found in ((5.0, apart), (0.0, together)):
+            first, second = near_slices(thick(), 2, reach, rng(seed))
+            found.add(int(second.pixels.max() - first.pixels.max()))
+    assert apart == {-2, -1, 0, 1, 2}
+    assert together == {0}
+
+
+def test_neighbours_are_seen_by_the_views_and_need_a_spacing():
+    crops = {"large": Crops(count=2, size=8, scale=(1, 1), flip=0.0), "augmentation": STILL}
+    small = Crops(count=0, size=1, scale=(1, 1))
+    views = MultiCrop(**crops, small=small, neighbours_mm=2.5)
+    levels = set()
+    for seed in range(40):
+        seen = views(Sample(item="a", images={"image": thick()}), rng(seed))["global"]
+        levels.add(round(float(seen[1].amax() - seen[0].amax())))
+    assert levels == {-1, 0, 1}
+    with pytest.raises(ValueError, match="need a volume with a spacing"):
+        views(Sample(item="a", images={"image": thick(spacing=None)}), rng())
+    with pytest.raises(ValueError, match="neighbours_mm must not be negative"):
+        MultiCrop(**crops, small=small, neighbours_mm=-1)

@@ -43,6 +43,7 @@ class DINO(Objective):
     augmentation: changes of exposure, contrast, sharpness and noise, drawn per crop.
     window_share: smallest and largest share of a wide CT window that a crop shows; None for all of
         it (see `medssl.data.views.MultiCrop`).
+    neighbours_mm: the second large crop may come from a slice of the volume so near.
 
     Differs from the paper: no color jitter, solarization or grey scale, which only mean something
     in photographs, but gain, offset, gamma and noise with one set of probabilities for all crops;
@@ -72,6 +73,7 @@ class DINO(Objective):
         flip: float = 0.5,
         augmentation: Augmentation = _AUGMENTATION,
         window_share: tuple[float, float] | None = None,
+        neighbours_mm: float = 0.0,
     ) -> None:
         super().__init__()
         if not 0 < teacher_temperature <= student_temperature:
@@ -89,14 +91,14 @@ class DINO(Objective):
         self.frozen_prototypes = frozen_prototypes
         self.global_size, self.global_scale = global_size, global_scale
         self.local_crops, self.local_size, self.local_scale = local_crops, local_size, local_scale
-        self.flip = flip
-        self.augmentation = augmentation
-        self.window_share = window_share
+        self.flip, self.augmentation = flip, augmentation
+        self.window_share, self.neighbours_mm = window_share, neighbours_mm
         self.views = MultiCrop(
             large=Crops(count=2, size=global_size, scale=global_scale, flip=flip),
             small=Crops(count=local_crops, size=local_size, scale=local_scale, flip=flip),
             augmentation=augmentation,
             window_share=window_share,
+            neighbours_mm=neighbours_mm,
         )
         self.encoder = load_encoder(encoder) if isinstance(encoder, Path) else encoder
         self.encoder.requires_grad_(True)

@@ -53,6 +53,7 @@ class LVMMed(Objective):
         same patient ("patient", "study"), or nothing ("item").
     size, scale, flip: of the two crops.
     augmentation: changes of exposure, contrast, sharpness and noise, drawn per crop.
+    neighbours_mm: the second crop may come from a slice of the volume so near.
 
     Differs from the paper, whose training code is not public: the linear and quadratic problems
     are solved by scipy and by a batched fixed point with exchanges, not by Lagrange decomposition;
@@ -81,6 +82,7 @@ class LVMMed(Objective):
         scale: tuple[float, float] = (0.4, 1.0),
         flip: float = 0.5,
         augmentation: Augmentation = _AUGMENTATION,
+        neighbours_mm: float = 0.0,
     ) -> None:
         super().__init__()
         if not 1 <= neighbours < graph_size:
@@ -99,11 +101,12 @@ class LVMMed(Objective):
         self.noise, self.perturbation = noise, perturbation
         self.second_order, self.one_per = second_order, one_per
         self.size, self.scale, self.flip = size, scale, flip
-        self.augmentation = augmentation
+        self.augmentation, self.neighbours_mm = augmentation, neighbours_mm
         self.views = MultiCrop(
             large=Crops(count=2, size=size, scale=scale, flip=flip),
             small=Crops(count=0, size=1, scale=scale),
             augmentation=augmentation,
+            neighbours_mm=neighbours_mm,
         )
         self.encoder = load_encoder(encoder) if isinstance(encoder, Path) else encoder
         self.encoder.requires_grad_(True)
