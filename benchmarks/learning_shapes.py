@@ -99,7 +99,8 @@ def lvm_med(encoder: Encoder, *, second_order: bool) -> LVMMed:
 
 
 def convirt(encoder: Encoder) -> ConVIRT:
-    plain = replace(AUGMENTATION, inversion_probability=0.0)  # reports say bright or dark
+    # reports say bright or dark, and small or large, which noise hides
+    plain = replace(AUGMENTATION, inversion_probability=0.0, gain=0.3, noise=0.2)
     text = TextEncoder(vocabulary_size=400, width=64, depth=2, heads=4, length=24)
     return ConVIRT(encoder, text=text, dim=64, size=32, scale=(0.9, 1.0), augmentation=plain)
 
@@ -109,8 +110,8 @@ OBJECTIVES: dict[str, tuple[Callable[[Encoder], Objective], int, int]] = {
     "dino": (dino, 200_000, 64),
     "first_order": (lambda encoder: lvm_med(encoder, second_order=False), 72_000, 128),
     "second_order": (lambda encoder: lvm_med(encoder, second_order=True), 72_000, 128),
-    "convirt": (convirt, 48_000, 128),
-    "shuffled": (convirt, 48_000, 128),
+    "convirt": (convirt, 96_000, 128),
+    "shuffled": (convirt, 96_000, 128),
 }
 
 
