@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from medssl import distributed
 from medssl.models.timm_encoder import TimmEncoder
 from medssl.objectives.joint_embedding.dino import DINO
 from medssl.training import TrainingPlan, _Loop, split_by_decay
@@ -43,8 +44,7 @@ def main() -> None:
             objective(given.network, given.size),
             plan,
             Path(folder),
-            device="cpu",
-            precision="fp32",
+            fabric=distributed.started("cpu", "fp32"),
             seed=0,
         )
         parts = cycle([(("made up",) * given.batch_size, views)])

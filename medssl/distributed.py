@@ -23,21 +23,20 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
 
 
-def started(device: str, precision: str) -> Any:
+def started(device: str, precision: str, *, sharded: bool = False) -> Any:
     """A Fabric on one device, or on all those that torchrun has started.
 
     device: auto, cpu or cuda. precision: auto, fp32 or bf16.
+    sharded: see `medssl.sharded`; otherwise each process holds all weights.
     """
     from lightning.fabric import Fabric
-    from lightning.fabric.strategies import DDPStrategy
 
     here = processes_here()
     fabric = Fabric(
         accelerator=device,
         devices=here,
         num_nodes=max(1, processes() // here),
-        # a mask token or a prompt that a step does not use has no gradient
-        strategy=DDPStrategy(find_unused_parameters=True) if processes() > 1 else "auto",
+        strategy=_strategy(sharded),
         precision=_precision(precision, device),
     )
     fabric.launch()
@@ -93,6 +92,17 @@ class _Gather(torch.autograd.Function):
 
 def _together() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _strategy(sharded: bool) -> Any:
+    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+
+    from medssl.sharded import shard
+
+    if sharded:
+        return ModelParallelStrategy(shard, data_parallel_size=processes(), tensor_parallel_size=1)
+    # a mask token or a prompt that a step does not use has no gradient
+    return DDPStrategy(find_unused_parameters=True) if processes() > 1 else "auto"
 
 
 def _precision(precision: str, device: str) -> Literal["bf16-mixed", "32-true"]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +13,19 @@ from medssl.distributed import rank
 
 def keep_failure(
     workdir: Path,
-    trainable: nn.Module,
+    weights: Mapping[str, Any],
     parts: Sequence[tuple[Sequence[str], Mapping[str, Tensor]]],
     *,
     step: int,
     seed: int,
 ) -> Path:
-    """Write the weights before the step, the batch and its random seed; returns the file.
+    """Write the state dict before the step, the batch and its random seed; returns the file.
 
     It holds pixels, so it belongs where the images belong.
     """
     file = workdir / f"not_finite_{step}_{rank()}.pt"
     kept = [{"items": list(items), "views": dict(views)} for items, views in parts]
-    torch.save(
-        {"trainable": trainable.state_dict(), "parts": kept, "step": step, "seed": seed}, file
-    )
+    torch.save({"trainable": dict(weights), "parts": kept, "step": step, "seed": seed}, file)
     return file
 
 

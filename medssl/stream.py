@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from medssl.data.sample import Sample
+from medssl.stopping import leave_stopping_to_the_loop
 
 Views = Callable[[Sample, torch.Generator], dict[str, Tensor]]
 Unit = Literal["item", "study", "patient"]
@@ -82,7 +82,7 @@ def batches(
         num_workers=workers,
         collate_fn=_side_by_side,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_stopping_to_the_loop,
+        worker_init_fn=leave_stopping_to_the_loop,
         prefetch_factor=4 if workers else None,
         generator=torch.Generator(),  # else the loader draws from the training's random numbers
     )
@@ -145,8 +145,3 @@ def _units(samples: Sequence[Sample], one_per: Unit) -> list[list[int]]:
         name = sample.study if one_per == "study" else sample.group
         units.setdefault(name or f"item {sample.item}", []).append(index)
     return list(units.values())
-
-
-def _leave_stopping_to_the_loop(worker: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

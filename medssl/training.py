@@ -1,12 +1,10 @@
 """`Trainable`, and the one optimization loop, on Lightning Fabric."""
 
+import copy
 import math
 import resource
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,7 +16,10 @@ from medssl.checkpoint import read_checkpoint, write_checkpoint
 from medssl.data.sample import Sample
 from medssl.distributed import mean_of_all, processes, started, sum_of_all
 from medssl.failure import keep_failure, not_finite
+from medssl.models.layout import channels_last
 from medssl.schedule import Clock, TrainingPlan, cosine
+from medssl.sharded import load_whole, load_whole_optimizer, whole
+from medssl.stopping import stop_asked
 from medssl.stream import Batch, Stream, Unit, Views, batches, number_for, workers_for
 
 __all__ = [
@@ -115,6 +116,7 @@ def train(
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     workers: int | None = None,
     compiled: bool = False,
+    sharded: bool = False,
     seed: int = 0,
     identity: Mapping[str, Any] | None = None,
     on_step: Callable[[Report], None] | None = None,
@@ -127,6 +129,8 @@ def train(
     workers: processes that make views; the result does not depend on them. None: by the cores.
     compiled: let torch.compile make the networks' forward passes faster; what it cannot compile
         runs as it is.
+    sharded: share weights, gradients and optimizer state out among the processes, for networks that
+        one device cannot hold (see `medssl.sharded`); a copy is trained, and taken over at the end.
     identity: further plain values that must not change between start and resume.
     SIGTERM finishes the step, saves and returns with "finished" False.
     Raises FloatingPointError where the loss or its gradient is not finite, naming the items and a
@@ -135,21 +139,14 @@ def train(
     "samples_per_second", "waiting_share" (of the time, for data) and "peak_memory_gib" (of the
     device, or of the process on a CPU).
     """
-    if plan.accumulation > 1 and trainable.accumulation == "refused":
-        raise ValueError(
-            f"{type(trainable).__name__} sets the rows of a batch against each other, so a batch "
-            "cannot be split; set accumulation to 1 and lower batch_size"
-        )
-    if not len(samples):
-        raise ValueError("no sample to train on")
-    if plan.batch_size % (plan.accumulation * processes()):
-        raise ValueError(
-            f"a batch of {plan.batch_size} cannot be shared evenly by {processes()} processes with "
-            f"accumulation {plan.accumulation}"
-        )
+    _check(trainable, samples, plan)
     torch.manual_seed(seed)
     trainable.prepare(samples)
-    loop = _Loop(trainable, plan, workdir, device=device, precision=precision, seed=seed)
+    fabric = started(device, precision, sharded=sharded)  # processes wait here for each other
+    trained = copy.deepcopy(trainable) if sharded else trainable
+    if not sharded:  # parts of tensors have to be contiguous
+        channels_last(trained)
+    loop = _Loop(trained, plan, workdir, fabric=fabric, seed=seed)
     if compiled:
         loop.compile()
     loop.identity = {
@@ -173,12 +170,42 @@ def train(
         pin_memory=loop.fabric.device.type == "cuda",
         share=(loop.fabric.global_rank, loop.fabric.world_size),
     )
-    with _stop_asked() as asked:
+    with stop_asked() as asked:
         while loop.step < plan.steps and not loop.stopping(asked.is_set()):
             report = loop.advance(parts)
             if on_step is not None:
                 on_step(report)
-    return loop.result()
+    result = loop.result()
+    if sharded:
+        trainable.load_state_dict(whole(trained.state_dict()))
+    return result
+
+
+def _check(trainable: Trainable, samples: Sequence[Sample], plan: TrainingPlan) -> None:
+    """Refuse what cannot be trained."""
+    if plan.accumulation > 1 and trainable.accumulation == "refused":
+        raise ValueError(
+            f"{type(trainable).__name__} sets the rows of a batch against each other, so a batch "
+            "cannot be split; set accumulation to 1 and lower batch_size"
+        )
+    if not len(samples):
+        raise ValueError("no sample to train on")
+    if plan.batch_size % (plan.accumulation * processes()):
+        raise ValueError(
+            f"a batch of {plan.batch_size} cannot be shared evenly by {processes()} processes with "
+            f"accumulation {plan.accumulation}"
+        )
+
+
+class _Loss(nn.Module):
+    """The loss as the forward pass, which Fabric gives its precision and its processes."""
+
+    def __init__(self, trainable: Trainable) -> None:
+        super().__init__()
+        self.trainable = trainable
+
+    def forward(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.trainable.loss(views)
 
 
 class _Loop:
@@ -190,21 +217,19 @@ class _Loop:
         plan: TrainingPlan,
         workdir: Path,
         *,
-        device: str,
-        precision: str,
+        fabric: Any,
         seed: int,
     ) -> None:
         self.trainable, self.plan, self.workdir, self.seed = trainable, plan, workdir, seed
-        trainable.to(memory_format=torch.channels_last)  # convolutions are up to twice as fast
-        self.fabric = started(device, precision)  # processes wait here for each other
+        self.fabric = fabric
         workdir.mkdir(parents=True, exist_ok=True)
-        groups = [
+        self.model = fabric.setup_module(_Loss(trainable))
+        groups = [  # of the parameters as they are now: on the device, or this process's parts
             {"decay": True, "rate": 1.0, "frozen_until": 0.0, **group}
             for group in trainable.parameter_groups()
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate)
-        self.model, self.stepper = self.fabric.setup(trainable, self.optimizer)
-        self.model.mark_forward_method("loss")
+        self.stepper = fabric.setup_optimizers(self.optimizer)
         self.model.train()
         self.step = 0
         self.saved = 0  # samples seen at the last checkpoint
@@ -227,7 +252,7 @@ class _Loop:
             items, views = next(parts)
             views = self.fabric.to_device(views)
             self.waited += time.monotonic() - started
-            reported = self.model.loss(views)
+            reported = self.model(views)
             self.fabric.backward(reported["loss"] / self.plan.accumulation)
             done.append((items, views))
             found.append({name: value.detach().float() for name, value in reported.items()})
@@ -238,8 +263,7 @@ class _Loop:
         norm = self.fabric.clip_gradients(
             self.model, self.stepper, max_norm=self.plan.gradient_clip, error_if_nonfinite=False
         )
-        assert norm is not None
-        loss = self._note(found, norm, done)
+        loss = self._note(found, whole(norm), done)
         self.stepper.step()
         self.stepper.zero_grad()
         self.step += 1
@@ -258,8 +282,8 @@ class _Loop:
         state = {
             "step": self.step,
             "means": self.means,
-            "trainable": self.trainable.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "trainable": whole(self.trainable.state_dict()),
+            "optimizer": whole(self.optimizer.state_dict()),
         }
         if self.fabric.global_rank == 0:
             write_checkpoint(self.workdir, state, self.identity)
@@ -285,8 +309,8 @@ class _Loop:
         state = read_checkpoint(self.workdir, self.identity)
         if state is None:
             return
-        self.trainable.load_state_dict(state["trainable"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_whole(self.trainable, state["trainable"])
+        load_whole_optimizer(self.optimizer, state["optimizer"])
         self.step = self.first_step = state["step"]
         self.means = state["means"]
         self.saved = self.clock.samples_seen
@@ -325,11 +349,12 @@ class _Loop:
         """Follow the running means over all parts and processes; the loss as a number."""
         names = list(reported[0])
         own = torch.stack([torch.stack(list(one.values())) for one in reported]).mean(0)
-        values = torch.cat([mean_of_all(own), norm[None].float()]).tolist()
+        values = torch.cat([mean_of_all(own), norm[None].to(own)]).tolist()
         found = dict(zip([*names, "norm"], values, strict=True))
         if not math.isfinite(found["loss"]) or not math.isfinite(found["norm"]):
+            weights = whole(self.trainable.state_dict())
             file = keep_failure(
-                self.workdir, self.trainable, parts, step=self.step, seed=self._seed_of_step()
+                self.workdir, weights, parts, step=self.step, seed=self._seed_of_step()
             )
             items = [item for items, _ in parts for item in items]
             raise FloatingPointError(
@@ -366,17 +391,3 @@ def _hyperparameters(trainable: Trainable) -> dict[str, Any]:
     if is_dataclass(trainable.views):
         plain["views"] = repr(trainable.views)
     return {"class": type(trainable).__name__, **plain}
-
-
-@contextmanager
-def _stop_asked() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, instead of ending the process in the middle of a step."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread may handle signals
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)

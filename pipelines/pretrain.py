@@ -42,6 +42,7 @@ def pretrain(
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     workers: int | None = None,
     compiled: bool = False,
+    sharded: bool = False,
     cache: Path | None = None,
 ) -> dict[str, Any]:
     """Pretrain an encoder on unlabelled images and save it as an encoder folder.
@@ -66,6 +67,8 @@ def pretrain(
         precision: auto, fp32 or bf16; auto is bf16 on a GPU that has it.
         workers: processes that make views; the result does not depend on them. Auto by default.
         compiled: let torch.compile make the networks faster; the first steps take minutes longer.
+        sharded: share weights, gradients and optimizer state out among the GPUs (FSDP), for networks
+            that one of them cannot hold.
         cache: a folder for prepared images, which later epochs and later runs map into memory
             instead of decoding them again; it holds pixels, and at most 64 GiB.
     """
@@ -85,6 +88,7 @@ def pretrain(
         "precision": precision,
         "workers": workers,
         "compiled": compiled,
+        "sharded": sharded,
         "seed": seed,
         "identity": {"data": manifest.digest, "preprocessing": str(preprocessing)},
     }

@@ -270,3 +270,17 @@ def test_a_training_killed_at_any_moment_ends_bit_for_bit_as_an_undisturbed_one(
     )
     assert whole.keys() == killed.keys()
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
+class Recorder(Regression):
+    def loss(self, views):
+        self.seen = self.layer(views["x"]).dtype
+        return super().loss(views)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float)])
+def test_layers_compute_in_the_precision_asked_for(tmp_path: Path, precision: str, dtype):
+    plan = TrainingPlan(total_samples=4, batch_size=4)
+    trainable, _ = run(tmp_path, plan, trainable=Recorder(), precision=precision)
+    assert trainable.seen == dtype
+    assert trainable.layer.weight.dtype == torch.float32

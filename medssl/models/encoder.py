@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from medssl.data.preprocess import Preprocessing
 from medssl.data.seen import Seen
+from medssl.models.layout import channels_last
 
 
 class _ReachedError(Exception):
@@ -61,6 +62,10 @@ class Encoder(nn.Module):
                 handle.remove()
         return [self._as_grid(found[name], images) for name in layers]
 
+    def selftest_shape(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Of the noise of the self-test, for pictures of `size` (H, W)."""
+        return (2, self.in_channels, *size)
+
     def selftest(self, noise: Tensor) -> Tensor:
         """What `load_model` compares: the embeddings (B, E) of a noise batch."""
         return self(noise)
@@ -101,10 +106,8 @@ def _keep(found: dict[str, Tensor], name: str, wanted: int):  # type: ignore[no-
 
 def frozen(encoder: Encoder) -> Encoder:
     """The encoder in evaluation mode, without gradients, its convolutions laid out for speed."""
-    encoder.eval().to(memory_format=torch.channels_last)
-    for parameter in encoder.parameters():
-        parameter.requires_grad_(False)
-    return encoder
+    channels_last(encoder)
+    return encoder.eval().requires_grad_(False)
 
 
 def seen_by_encoders(model: nn.Module) -> Seen:

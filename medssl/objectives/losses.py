@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medssl.distributed import gathered, mean_of_all, own_rows, sum_of_all
+from medssl.models.precision import full_precision
 
 _SAME = 1 - 1e-6  # cosine from which on two embeddings are those of one and the same image
 
@@ -32,7 +33,8 @@ def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
             "student (V, B, K) must begin with the teacher's views (G, B, K) and hold at least "
             f"two: got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
-    pairs = -torch.einsum("gbk,vbk->gv", teacher, student) / batch  # (G, V) cross-entropies
+    with full_precision(student):
+        pairs = -torch.einsum("gbk,vbk->gv", teacher, student) / batch  # (G, V) cross-entropies
     other = ~torch.eye(len(teacher), views, dtype=torch.bool, device=pairs.device)
     return pairs[other].mean()
 
@@ -85,7 +87,7 @@ def koleo(embedding: Tensor) -> Tensor:
     """
     own = F.normalize(embedding.float(), dim=-1)
     everyone = gathered(own)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(own):
         cosine = own @ everyone.mT
         cosine[:, own_rows(everyone)].fill_diagonal_(-2)
         cosine[cosine > _SAME] = -2
@@ -120,7 +122,8 @@ def info_nce(
         excluded[torch.arange(len(same), device=same.device), target] = False
     losses = []
     for side, others in ((sides[0], everyone[1]), (sides[1], everyone[0])):
-        logits = side @ others.mT / temperature
+        with full_precision(side):
+            logits = side @ others.mT / temperature
         if excluded is not None:
             logits = logits.masked_fill(excluded, -torch.inf)
         losses.append(F.cross_entropy(logits, target))

@@ -1,5 +1,6 @@
-"""Writes the gradients of the first step of every method: python first_gradients.py FILE [under
-torchrun]. Dropout is off, and a batch is as large as a method's example allows."""
+"""Writes the gradients of the first step of every method: python first_gradients.py FILE [sharded],
+also under torchrun. Dropout is off, and a batch is as large as a method's example allows. Beside
+them are the weights after the step."""
 
 import sys
 import tempfile
@@ -14,19 +15,23 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from medssl import objectives
 from medssl.distributed import rank
 from medssl.objectives.base import Objective
+from medssl.sharded import whole
 from medssl.stream import Stream
 from medssl.training import TrainingPlan, train
 
 
-def main(file: Path) -> None:
+def main(file: Path, *, sharded: bool) -> None:
     for module in walk_packages(objectives.__path__, "medssl.objectives."):
         import_module(module.name)
-    found = {method.__name__: first_gradients(method) for method in Objective.__subclasses__()}
+    found = {
+        method.__name__: first_gradients(method, sharded=sharded)
+        for method in Objective.__subclasses__()
+    }
     if rank() == 0:
         torch.save(found, file)
 
 
-def first_gradients(method: type[Objective]) -> dict[str, Tensor]:
+def first_gradients(method: type[Objective], *, sharded: bool) -> dict[str, Tensor]:
     torch.manual_seed(0)
     objective, samples = method.example()
     for module in objective.modules():
@@ -39,20 +44,26 @@ def first_gradients(method: type[Objective]) -> dict[str, Tensor]:
     units = Stream(samples, batch_size=1, one_per=objective.one_per, seed=0).per_epoch
     found: dict[str, Tensor] = {}
 
-    def keep(*_) -> None:
-        for name, parameter in objective.named_parameters():
+    def keep(optimizer: torch.optim.Optimizer, *_) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for name, parameter in zip(names, parameters, strict=True):
             if parameter.grad is not None:
-                found[name] = parameter.grad.clone()
+                found[name] = whole(parameter.grad).clone()
 
+    objective.prepare(samples)
+    name_of = {id(parameter): name for name, parameter in objective.named_parameters()}
+    groups = objective.parameter_groups()
+    names = [name_of[id(parameter)] for group in groups for parameter in group["params"]]
     handle = register_optimizer_step_pre_hook(keep)
     batch = units - units % 2
     plan = TrainingPlan(total_samples=batch, batch_size=batch, gradient_clip=1e9)
     with tempfile.TemporaryDirectory() as folder:
-        train(objective, samples, plan, workdir=Path(folder), device="cpu", workers=0)
+        options = {"device": "cpu", "workers": 0, "sharded": sharded}
+        train(objective, samples, plan, workdir=Path(folder), **options)
     handle.remove()
-    return found
+    return found | {f"{name} after": tensor for name, tensor in objective.named_parameters()}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sharded="sharded" in sys.argv)

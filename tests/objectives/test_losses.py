@@ -162,3 +162,21 @@ def test_duplicates_neither_make_koleo_infinite_nor_move():
     koleo(alone).backward()
     assert koleo(alone) == 0
     assert not alone.grad.any()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda rows: koleo(torch.cat([rows, *(rows + x * rows.flip(0) for x in (0.06, 0.04))])),
+        lambda rows: info_nce(rows, rows.flip(1), temperature=0.05)[0],
+        lambda rows: distillation_loss(
+            F.log_softmax(rows.view(4, 8, 32), -1), F.softmax(rows.view(4, 8, 32)[:2] * 9, -1)
+        ),
+    ],
+    ids=["koleo", "info_nce", "distillation"],
+)
+def test_losses_are_not_rounded_where_networks_compute_in_bf16(loss):
+    rows = torch.randn(32, 32, generator=torch.Generator().manual_seed(9))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = loss(rows)
+    torch.testing.assert_close(rounded, loss(rows), rtol=1e-6, atol=1e-6)

@@ -22,6 +22,7 @@ from medssl.models.graph_matching import (
     matching_loss,
     nearest_neighbours,
 )
+from medssl.models.precision import full_precision
 from medssl.objectives.base import Objective
 from medssl.training import Clock, Unit, cosine
 
@@ -134,22 +135,11 @@ class LVMMed(Objective):
         side_by_side = crops.transpose(0, 1).flatten(0, 1)  # (2 B, C, H, W), first views first
         embedding, features = self.encoder.embed_with_map(side_by_side)
         nodes = self._in_graphs(self.projector(embedding).float())  # (2, G, N, E)
-        edges = [nearest_neighbours(side.detach(), self.neighbours) for side in nodes]
-        first, second = (self.messages(one, near) for one, near in zip(nodes, edges, strict=True))
-        together = F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).mT
         places = views["global_place"].transpose(0, 1).flatten(0, 1)  # (2 B, 2, 3)
-        mixed = self.alpha * together + (1 - self.alpha) * self._local(features.float(), places)
-        affinity = Affinity(nodes=mixed)
-        if self.second_order:
-            affinity = Affinity(
-                nodes=mixed,
-                edges=edge_affinity(first, second, (edges[0], edges[1])),
-                first=edges[0],
-                second=edges[1],
-            )
-        loss = matching_loss(
-            affinity, noise=self._drawn(mixed, views["item"]), weight=self.perturbation
-        )
+        with full_precision(nodes):
+            together, affinity = self._affinity(nodes, features.float(), places)
+            noise = self._drawn(affinity.nodes, views["item"])
+            loss = matching_loss(affinity, noise=noise, weight=self.perturbation)
         return {"loss": loss, **_statistics(together.detach(), embedding.detach().float())}
 
     def after_step(self, clock: Clock) -> None:
@@ -198,6 +188,24 @@ class LVMMed(Objective):
     def _in_graphs(self, both: Tensor) -> Tensor:
         """(2 B, ...) -> (2, G, N, ...), the first views first."""
         return both.unflatten(0, (2, -1, self.graph_size))
+
+    def _affinity(self, nodes: Tensor, features: Tensor, places: Tensor) -> tuple[Tensor, Affinity]:
+        """Cosines of the embeddings (G, N, N), and what goes together by all that counts.
+
+        nodes: (2, G, N, E). features: (2 B, E, h, w) and places: (2 B, 2, 3) of the crops.
+        """
+        edges = [nearest_neighbours(side.detach(), self.neighbours) for side in nodes]
+        first, second = (self.messages(one, near) for one, near in zip(nodes, edges, strict=True))
+        together = F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).mT
+        mixed = self.alpha * together + (1 - self.alpha) * self._local(features, places)
+        if not self.second_order:
+            return together, Affinity(nodes=mixed)
+        return together, Affinity(
+            nodes=mixed,
+            edges=edge_affinity(first, second, (edges[0], edges[1])),
+            first=edges[0],
+            second=edges[1],
+        )
 
     def _local(self, features: Tensor, places: Tensor) -> Tensor:
         """How alike the places of two images are, (G, N, N) in [-1, 1] (eq. 2 and 3).
