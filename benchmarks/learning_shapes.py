@@ -35,7 +35,7 @@ from medssl.probes.retrieval import recall_at
 from medssl.training import TrainingPlan, train
 
 CLASSIFIED = ("dino", "first_order", "second_order")
-# what two views of a shape must not have in common: its sign, contrast and noise
+# what two views of a shape must not have in common: its sign and noise
 AUGMENTATION = MRAugmentation(
     gain=0.8,
     offset=0.5,
@@ -107,11 +107,11 @@ def convirt(encoder: Encoder) -> ConVIRT:
 
 # how it is made, samples seen, batch size
 OBJECTIVES: dict[str, tuple[Callable[[Encoder], Objective], int, int]] = {
-    "dino": (dino, 200_000, 64),
+    "dino": (dino, 64_000, 64),
     "first_order": (lambda encoder: lvm_med(encoder, second_order=False), 72_000, 128),
     "second_order": (lambda encoder: lvm_med(encoder, second_order=True), 72_000, 128),
-    "convirt": (convirt, 96_000, 128),
-    "shuffled": (convirt, 96_000, 128),
+    "convirt": (convirt, 64_000, 128),
+    "shuffled": (convirt, 64_000, 128),
 }
 
 

@@ -38,10 +38,11 @@ class ShapePictures:
 
 
 def shape_pictures(count: int, *, seed: int) -> ShapePictures:
-    """Pictures of random shape, place, size, contrast of either sign, background and noise.
+    """Pictures of random shape and place, bright or dark, on a faint ramp and in noise.
 
     Bright and dark shapes are equally frequent and lie anywhere, so that neither neighbours in raw
-    pixels nor a linear function of these tell the shapes apart.
+    pixels nor a linear function of these tell the shapes apart. Size varies little and contrast not
+    at all: two crops of a picture would share them, and they would be learnt before the shape.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(len(SHAPES), (count,), generator=generator)
@@ -52,14 +53,14 @@ def shape_pictures(count: int, *, seed: int) -> ShapePictures:
     for picture, label, (size, y, x, sign, slope, turn) in zip(
         pixels, labels.tolist(), draws.tolist(), strict=True
     ):
-        half = 4 + 3 * size
+        half = 4.7 + 1.6 * size
         middle = [1.1 * half + (SIDE - 1 - 2.2 * half) * share for share in (y, x)]
         name, bright = SHAPES[label], sign > 0.5
         inside = _SHAPES[name]((rows - middle[0]) / half, (columns - middle[1]) / half)
         angle = torch.tensor(turn * 2 * torch.pi)
         ramp = ((rows / SIDE - 0.5) * angle.sin() + (columns / SIDE - 0.5) * angle.cos()) * slope
-        contrast = (0.6 + 0.8 * abs(2 * sign - 1)) * (1 if bright else -1)
-        noise = 0.45 * torch.randn(SIDE, SIDE, generator=generator)
+        contrast = 1 if bright else -1
+        noise = 0.5 * torch.randn(SIDE, SIDE, generator=generator)
         picture[0] = inside * contrast + 0.2 * ramp + noise
         reports.append(_report(name, half, bright, middle))
     return ShapePictures(pixels=pixels, labels=labels, reports=tuple(reports))
@@ -89,7 +90,7 @@ def shape_samples(count: int, *, seed: int) -> list[Sample]:
 
 
 def _report(name: str, half: float, bright: bool, middle: list[float]) -> str:
-    size = "small" if half < 5 else "large" if half > 6 else "medium"
+    size = "small" if half < 5.2 else "large" if half > 5.8 else "medium"
     down = "upper" if middle[0] < SIDE / 2 else "lower"
     right = "left" if middle[1] < SIDE / 2 else "right"
     light = "bright" if bright else "dark"
