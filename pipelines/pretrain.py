@@ -67,8 +67,8 @@ def pretrain(
         precision: auto, fp32 or bf16; auto is bf16 on a GPU that has it.
         workers: processes that make views; the result does not depend on them. Auto by default.
         compiled: let torch.compile make the networks faster; the first steps take minutes longer.
-        sharded: share weights, gradients and optimizer state out among the GPUs (FSDP), for networks
-            that one of them cannot hold.
+        sharded: share weights, gradients and optimizer state out among the GPUs (FSDP), for
+            networks that one of them cannot hold.
         cache: a folder for prepared images, which later epochs and later runs map into memory
             instead of decoding them again; it holds pixels, and at most 64 GiB.
     """
@@ -150,7 +150,7 @@ def _save(
     same: dict[str, Any] = {"preprocessing": preprocessing, "domain": domain, "card": card}
     whole = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)) / "encoder"
     try:
-        noise = selftest_noise((2, encoder.in_channels, *preprocessing.size))
+        noise = selftest_noise(encoder.selftest_shape(preprocessing.size))
         files = {"seen.json": seen.to_dict()}
         save_model(whole, encoder, kind="encoder", noise=noise, files=files, **same)
         for name, network in networks.items():

@@ -21,26 +21,31 @@ _BLOCK = 1 << 22  # target voxels at a time
 _TOLERANCE = 1e-3  # voxels; a source border rounded to float32 is still the border
 
 
-def resize(image: Image, size: tuple[int, int]) -> Image:
-    """The image with its last two axes resized to (H, W), bilinear with antialiasing.
+def resize(image: Image, size: Sequence[int]) -> Image:
+    """The image resized to (H, W), or a volume to (D, H, W), linearly with antialiasing.
 
-    Pixel edges stay where they are (half-pixel centres). Invalid and non-finite pixels do not
-    leak: a result is the weighted mean of the valid pixels under it, and is NaN and invalid where
-    these weigh less than half.
+    Pixel edges stay where they are (half-pixel centres); where two sizes are given, D stays.
+    Invalid and non-finite pixels do not leak: a result is the weighted mean of the valid pixels
+    under it, and is NaN and invalid where these weigh less than half.
     """
-    height, width = image.pixels.shape[-2:]
-    if (height, width) == tuple(size):
+    before = tuple(image.pixels.shape[-len(size) :])
+    if before == tuple(size):
         return image
-    if min(size) < 1:
-        raise ValueError(f"size must be at least (1, 1), got {tuple(size)}")
-    scale = (height / size[0], width / size[1])
+    if min(size) < 1 or len(size) not in (2, len(image.spatial_shape)):
+        raise ValueError(
+            f"size must be (H, W) of at least (1, 1), or of each axis of {image.axes!r}, got "
+            f"{tuple(size)}"
+        )
+    scale = [old / new for old, new in zip(before, size, strict=True)]
     step = torch.eye(4, dtype=torch.float64)
-    for axis, factor in zip((1, 2), scale, strict=True):
+    for axis, factor in enumerate(scale, start=3 - len(size)):
         step[axis, axis], step[axis, 3] = factor, 0.5 * factor - 0.5
     pixels, valid = _over_valid(image, lambda values: _interpolate(values, size))
     spacing = image.spacing
     if spacing is not None:
-        spacing = (*spacing[:-2], spacing[-2] * scale[0], spacing[-1] * scale[1])
+        rest = len(spacing) - len(size)
+        wider = zip(spacing[rest:], scale, strict=True)
+        spacing = (*spacing[:rest], *(old * factor for old, factor in wider))
     return replace(image, pixels=pixels, valid=valid, affine=image.affine @ step, spacing=spacing)
 
 
@@ -188,10 +193,16 @@ def _over_valid(image: Image, move: Callable[[Tensor], Tensor]) -> tuple[Tensor,
     return pixels.masked_fill_(~valid, math.nan), valid
 
 
-def _interpolate(values: Tensor, size: tuple[int, int]) -> Tensor:
+def _interpolate(values: Tensor, size: Sequence[int]) -> Tensor:
     flat = values.reshape(-1, 1, *values.shape[-2:])
-    small = F.interpolate(flat, size=tuple(size), mode="bilinear", antialias=True)
-    return small.reshape(*values.shape[:-2], *size)
+    small = F.interpolate(flat, size=tuple(size[-2:]), mode="bilinear", antialias=True)
+    small = small.reshape(*values.shape[:-2], *size[-2:])
+    if len(size) == 2 or small.shape[-3] == size[0]:
+        return small
+    area = size[1] * size[2]
+    deep = small.reshape(-1, 1, small.shape[-3], area)  # the second axis stays as it is
+    deep = F.interpolate(deep, size=(size[0], area), mode="bilinear", antialias=True)
+    return deep.reshape(*values.shape[:-3], *size)
 
 
 def _gather(values: Tensor, step: Tensor, shape: tuple[int, ...], *, nearest: bool) -> Tensor:

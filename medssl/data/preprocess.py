@@ -34,6 +34,11 @@ class Preprocessing:
     channels: 1 keeps or makes grey; 3 repeats grey; None keeps what the source has.
     mean, std: subtracted and divided after the intensity step, one per channel or one for all.
     plane: volumes are turned so that the last two axes are this plane and D runs across it.
+    slab: slices of a volume that make up one picture (odd): each slice gets those before and behind
+        it as further channels (2.5D), so that a 2D network sees across slices. Beyond the ends the
+        last slice is repeated.
+    slab_mm: distance of the slices of a slab, rounded to whole slices, so that volumes with slices
+        of different thickness are seen alike; None takes the next ones.
     region: what is looked at; the rest becomes invalid: set to the low end of the intensities, not
         fitted, and without a map. "intracranial" is what the skull encloses in a head CT;
         "ultrasound" cuts a picture to the regions that its DICOM header declares (see
@@ -48,8 +53,12 @@ class Preprocessing:
     std: tuple[float, ...] = (0.25,)
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
     region: Literal["all", "intracranial", "ultrasound"] = "all"
+    slab: int = 1
+    slab_mm: float | None = None
 
     def __post_init__(self) -> None:
+        if self.slab < 1 or self.slab % 2 == 0:
+            raise ValueError(f"slab is 1, 3, 5 ... slices, got {self.slab}")
         if (self.intensity == "window") != (self.window_hu is not None):
             raise ValueError(
                 f"window_hu belongs to intensity 'window': got {self.intensity!r} "
@@ -67,7 +76,9 @@ class Preprocessing:
         if self.intensity == "depth":
             image = _depth(image)
         image = resize(self._looked_at(self._oriented(image)), self.size)
-        pixels = self._standardized(self._matched(self._scaled(image)))
+        pixels = self._with_neighbours(
+            image, self._standardized(self._matched(self._scaled(image)))
+        )
         return replace(image, pixels=pixels, value_range=None, units="normalized")
 
     def sample(self, sample: Sample) -> Sample:
@@ -166,6 +177,23 @@ class Preprocessing:
                 "or one per channel"
             )
         return ((pixels - mean) / std).contiguous()
+
+    def _with_neighbours(self, image: Image, pixels: torch.Tensor) -> torch.Tensor:
+        """(C, D, H, W) -> (slab C, D, H, W), slice by slice."""
+        if self.slab == 1:
+            return pixels
+        if image.axes != "DHW":
+            raise ValueError(
+                f"a slab of {self.slab} slices needs a volume, got axes {image.axes!r}; set slab 1"
+            )
+        step = 1
+        if self.slab_mm is not None:
+            if image.spacing is None:
+                raise ValueError("slab_mm needs a volume with a spacing; leave it out")
+            step = max(1, round(self.slab_mm / image.spacing[0]))
+        depth, reach = pixels.shape[1], self.slab // 2
+        places = torch.arange(depth) + step * torch.arange(-reach, reach + 1)[:, None]  # (slab, D)
+        return pixels[:, places.clamp(0, depth - 1)].transpose(0, 1).flatten(0, 1)
 
 
 def _depth(image: Image) -> Image:

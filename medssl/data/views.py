@@ -23,19 +23,25 @@ class Crops:
     scale: smallest and largest share of the picture's area.
     aspect: smallest and largest width / height of the box, drawn log-uniformly.
     flip: how often the crop is mirrored left to right.
+    side_mm: smallest and largest side of the box in mm, drawn log-uniformly, instead of a share: a
+        square on the patient or part (but for `aspect`) whatever the spacing of rows and columns,
+        and as much of it as the picture holds. It needs a spacing.
     """
 
     count: int
     size: int
-    scale: tuple[float, float]
+    scale: tuple[float, float] = (1.0, 1.0)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    side_mm: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(
                 f"scale is (smallest, largest) share of the area within (0, 1], got {self.scale}"
             )
+        if self.side_mm is not None:
+            check_sides(self.side_mm)
         if self.count < 0 or self.size < 1:
             raise ValueError(f"got {self.count} crops of {self.size} pixels; both are counts")
 
@@ -47,13 +53,15 @@ class Crops:
         """One of them."""
         draws = torch.rand(5, generator=generator).tolist()
         height, width = image.spatial_shape
-        area = height * width * (self.scale[0] + draws[0] * (self.scale[1] - self.scale[0]))
-        low, high = math.log(self.aspect[0]), math.log(self.aspect[1])
-        aspect = math.exp(low + draws[1] * (high - low))
-        box = (
-            min(height, max(1, round(math.sqrt(area / aspect)))),
-            min(width, max(1, round(math.sqrt(area * aspect)))),
-        )
+        aspect = between(*self.aspect, draws[1])
+        if self.side_mm is None:
+            area = height * width * (self.scale[0] + draws[0] * (self.scale[1] - self.scale[0]))
+            sides = (math.sqrt(area / aspect), math.sqrt(area * aspect))
+        else:
+            side = between(*self.side_mm, draws[0])
+            rows_mm, columns_mm = spacing_of(image)
+            sides = (side / math.sqrt(aspect) / rows_mm, side * math.sqrt(aspect) / columns_mm)
+        box = (min(height, max(1, round(sides[0]))), min(width, max(1, round(sides[1]))))
         start = (int(draws[2] * (height - box[0] + 1)), int(draws[3] * (width - box[1] + 1)))
         result = resize(crop(image, start, box), (self.size, self.size))
         return mirror(result) if draws[4] < self.flip else result
@@ -135,17 +143,40 @@ class MultiCrop:
 
 
 def place(crop: Image, source: Image) -> Tensor:
-    """Where a 2D crop lies in its picture: (2, 3) float32.
+    """Where a crop lies in its picture or volume: (2, 3) or (3, 4) float32.
 
-    Takes (row, column, 1) in the crop to (down, right) in the picture, from the centre of its first
-    pixel and in units of its longer side, with the aspect ratio of the picture's spacing. So places
-    in crops of one picture can be compared, and roughly those in pictures of different sizes.
+    Takes (row, column, 1) in the crop to (down, right) in the picture, and (slice, row, column, 1)
+    to (across, down, right) in a volume, from the centre of its first pixel and in units of its
+    longest side, with the aspect ratio of its spacing. So places in crops of one picture can be
+    compared, and roughly those in pictures of different sizes.
     """
-    height, width = source.spatial_shape
-    steps = torch.tensor(source.spacing or (1.0, 1.0), dtype=torch.float64)
-    unit = torch.maximum(height * steps[0], width * steps[1])
-    back = torch.linalg.solve(source.affine, crop.affine)[1:3, 1:]  # (2, 3), in source pixels
+    shape = source.spatial_shape
+    steps = torch.tensor(source.spacing or (1.0,) * len(shape), dtype=torch.float64)
+    unit = (torch.tensor(shape) * steps).max()
+    first = 3 - len(shape)
+    back = torch.linalg.solve(source.affine, crop.affine)[first:3, first:]  # in source pixels
     return (back * steps[:, None] / unit).float()
+
+
+def spacing_of(image: Image) -> tuple[float, ...]:
+    """mm between pixels. Raises ValueError where they have no physical distance."""
+    if image.spacing is None:
+        raise ValueError(
+            "crops in mm need an image with a spacing, and this one has none; give shares of the "
+            "area instead"
+        )
+    return image.spacing
+
+
+def check_sides(sides_mm: tuple[float, float]) -> None:
+    """Refuse what cannot be (smallest, largest) in mm."""
+    if not 0 < sides_mm[0] <= sides_mm[1]:
+        raise ValueError(f"side_mm is (smallest, largest), both above 0, got {sides_mm}")
+
+
+def between(low: float, high: float, share: float) -> float:
+    """From `low` at share 0 to `high` at 1, evenly in the logarithm."""
+    return low * (high / low) ** share
 
 
 def take_slice(volume: Image, index: int) -> Image:
@@ -191,9 +222,9 @@ def near_slices(
 
 
 def mirror(image: Image) -> Image:
-    """A 2D image with its columns in reverse order; the affine still leads to the same places."""
+    """An image with its columns in reverse order; the affine still leads to the same places."""
     reverse = torch.eye(4, dtype=torch.float64)
-    reverse[2, 2], reverse[2, 3] = -1, image.spatial_shape[1] - 1
+    reverse[2, 2], reverse[2, 3] = -1, image.spatial_shape[-1] - 1
     return replace(
         image,
         pixels=image.pixels.flip(-1),

@@ -1,6 +1,7 @@
 """Which patches of a picture are hidden."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,18 +48,21 @@ def block_mask(height: int, width: int, count: int, generator: torch.Generator) 
 def stratified_masks(
     rows: slice,
     total: int,
-    size: tuple[int, int],
+    size: Sequence[int],
     *,
     ratio: tuple[float, float],
     probability: float,
     seed: int,
 ) -> Tensor:
-    """Masks of some rows of a batch, (rows, h, w) bool, whoever asks for which of them.
+    """Masks of some rows of a batch, (rows, *size) bool, whoever asks for which of them.
 
     The share `probability` of all rows is hidden in part; how much is spread evenly: each of these
     rows has a range of `ratio` of its own and draws within it (DINOv2, its masks of a batch).
 
-    rows: which, of `total`. size: (h, w) in patches. seed: of the step.
+    rows: which, of `total`. seed: of the step.
+    size: (h, w) in patches, or (d, h, w) of a volume, where a patch is hidden at all depths or at
+        none (tubes, as VideoMAE's: https://arxiv.org/abs/2203.12602), because its neighbours across
+        the slices give it away.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(total, generator=generator)
@@ -72,6 +76,7 @@ def stratified_masks(
             own = torch.Generator().manual_seed((seed + 7919 * (row + 1)) & (2**63 - 1))
             share = (stratum + torch.rand(1, generator=own).item()) / masked
             hidden = ratio[0] + share * (ratio[1] - ratio[0])
-            count = max(1, int(hidden * mask.numel()))
-            mask.copy_(block_mask(*size, count, own))
+            height, width = size[-2:]
+            count = max(1, int(hidden * height * width))
+            mask.copy_(block_mask(height, width, count, own))
     return masks

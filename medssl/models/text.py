@@ -1,11 +1,14 @@
 """Sentences to embeddings, with a vocabulary learnt from the corpus: nothing is downloaded."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from medssl.models.hf_text import HFTextEncoder
 
 PADDING = 0
 _BYTES = 257  # the padding and every byte
@@ -136,7 +139,9 @@ class SharedSpace(nn.Module):
     embedding_dim: of the image encoder. dim: d, of the space.
     """
 
-    def __init__(self, text: TextEncoder, *, embedding_dim: int, dim: int = 512) -> None:
+    def __init__(
+        self, text: "TextEncoder | HFTextEncoder", *, embedding_dim: int, dim: int = 512
+    ) -> None:
         super().__init__()
         self.text, self.embedding_dim, self.dim = text, embedding_dim, dim
         self.image_projection = _projection(embedding_dim, dim)
@@ -152,7 +157,8 @@ class SharedSpace(nn.Module):
 
     def sentences(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors (B, d) of sentences."""
-        return self.tokens(self.text.encode(texts).to(self.text.places.device))
+        device = next(self.text_projection.parameters()).device
+        return self.tokens(self.text.encode(texts).to(device))
 
     def selftest(self, noise: Tensor) -> Tensor:
         """What `load_model` compares: noise embeddings (B, E) and two sentences in the space."""

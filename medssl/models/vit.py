@@ -1,6 +1,7 @@
 """2D vision transformers of timm whose patches can be hidden, and DINOv2's weights for them."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -94,15 +95,16 @@ class ViTEncoder(Encoder):
         found = network.norm(found)
         return found[:, 0], found[:, network.num_prefix_tokens :]
 
-    def grid(self, size: int) -> int:
-        """Patches along a side of `size` pixels."""
-        return size // int(cast(Any, self.network).patch_embed.patch_size[0])
+    def grid(self, size: Sequence[int]) -> tuple[int, int]:
+        """Patches (h, w) of a picture of `size` (H, W) pixels."""
+        patch = int(cast(Any, self.network).patch_embed.patch_size[0])
+        height, width = size
+        return height // patch, width // patch
 
     def embed_with_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """As of `Encoder`."""
         token, patches = self.tokens(images)
-        h, w = (self.grid(side) for side in images.shape[-2:])
-        return token, patches.mT.unflatten(2, (h, w))
+        return token, patches.mT.unflatten(2, self.grid(images.shape[2:]))
 
     def _check_size(self, images: Tensor) -> None:
         patch = int(cast(Any, self.network).patch_embed.patch_size[0])

@@ -272,3 +272,27 @@ def test_different_frames_and_singular_affines_are_refused():
     flat = torch.diag(torch.tensor([0.0, 1, 1, 1], dtype=torch.float64))
     with pytest.raises(ValueError, match="singular"):
         resample(volume(), volume(affine=flat))
+
+
+def test_a_volume_is_resized_along_all_axes_as_scipy_averages_and_interpolates():
+    """A linear ramp stays one, its spacing follows, and its middle stays where it is."""
+    index = torch.meshgrid(*(torch.arange(n).float() for n in (12, 8, 10)), indexing="ij")
+    source = Image(
+        pixels=torch.stack(index),
+        axes="DHW",
+        modality=Modality.CT,
+        affine=pixel_affine(),
+        frame="patient",
+        spacing=(1.0, 2.0, 3.0),
+    )
+    small = resize(source, (6, 16, 5))
+    assert small.spacing == pytest.approx((2.0, 1.0, 6.0))
+    assert small.affine.diagonal().tolist() == pytest.approx([2.0, 0.5, 2.0, 1.0])
+    for axis, (length, factor) in enumerate(((6, 2.0), (16, 0.5), (5, 2.0))):
+        wanted = torch.arange(length) * factor + 0.5 * factor - 0.5
+        found = small.pixels[axis].movedim(axis, 0).flatten(1).mean(1)
+        torch.testing.assert_close(found[2:-2], wanted[2:-2], atol=1e-4, rtol=0)
+    stripes = replace(source, pixels=(source.pixels[:1] % 2))  # slices that alternate
+    assert (resize(stripes, (3, 8, 10)).pixels - 0.5).abs().max() < 0.1
+    with pytest.raises(ValueError, match="of each axis of 'DHW'"):
+        resize(source, (4,))

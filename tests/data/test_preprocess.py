@@ -164,7 +164,7 @@ def test_what_an_older_model_saved_still_loads():
     saved |= {"mean": [0.5], "std": [0.25], "plane": "axial", "region": "intracranial"}
     prepare = Preprocessing.from_dict(saved)
     assert prepare.window_hu == (35.0, 60.0)
-    assert prepare.to_dict() == saved
+    assert prepare.to_dict() == {**saved, "slab": 1, "slab_mm": None}
 
 
 @pytest.mark.parametrize("choice", [{"intensity": "foreground"}, {"intensity": "depth"}])
@@ -242,3 +242,39 @@ def test_depth_needs_distances():
         prepare(image(torch.zeros(1, 2, 2)))
     with pytest.raises(ValueError, match="one that is called 'z', got 3"):
         prepare(image(torch.zeros(3, 2, 2), modality=Modality.DEPTH))
+
+
+def numbered_slices(spacing=None) -> Image:
+    """Seven slices of the value of their number, of two channels with opposite signs."""
+    numbers = torch.arange(7.0)[None, :, None, None].expand(2, 7, 2, 2)
+    return Image(
+        pixels=numbers * torch.tensor([1.0, -1.0])[:, None, None, None],
+        axes="DHW",
+        modality=Modality.PICTURE,
+        affine=pixel_affine(),
+        frame="pixel",
+        value_range=(0.0, 1.0),
+        spacing=spacing,
+    )
+
+
+@pytest.mark.parametrize(("spacing", "slab_mm", "step"), [(None, None, 1), ((2.0, 1, 1), 3.9, 2)])
+def test_each_slice_of_a_slab_has_its_neighbours_as_channels(spacing, slab_mm, step):
+    slab = Preprocessing(size=(2, 2), intensity="range", slab=3, slab_mm=slab_mm)
+    whole = slab(numbered_slices(spacing))
+    alone = replace(slab, slab=1, slab_mm=None)(numbered_slices(spacing)).pixels
+    assert whole.pixels.shape == (6, 7, 2, 2)
+    for depth in range(7):
+        near = [max(0, depth - step), depth, min(6, depth + step)]
+        wanted = torch.cat([alone[:, place] for place in near])
+        assert torch.equal(whole.pixels[:, depth], wanted)
+
+
+def test_a_slab_needs_slices_and_their_distance_a_spacing():
+    with pytest.raises(ValueError, match="1, 3, 5"):
+        Preprocessing(size=(2, 2), intensity="range", slab=2)
+    slab = Preprocessing(size=(2, 2), intensity="range", slab=3, slab_mm=2.0)
+    with pytest.raises(ValueError, match="needs a volume, got axes 'HW'"):
+        slab(image(torch.zeros(1, 2, 2)))
+    with pytest.raises(ValueError, match="needs a volume with a spacing"):
+        slab(numbered_slices())

@@ -1,5 +1,7 @@
 """Views: crops know where they come from, and volumes give slices that hold something."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -225,3 +227,16 @@ def test_neighbours_are_seen_by_the_views_and_need_a_spacing():
         views(Sample(item="a", images={"image": thick(spacing=None)}), rng())
     with pytest.raises(ValueError, match="neighbours_mm must not be negative"):
         MultiCrop(**crops, small=small, neighbours_mm=-1)
+
+
+def test_a_crop_in_mm_is_a_square_on_the_patient_whatever_the_spacing():
+    source = replace(ramp(120, 200), spacing=(0.5, 0.25))
+    crops = Crops(count=100, size=8, side_mm=(10, 20), aspect=(1, 1), flip=0)
+    for view in crops(source, rng()):
+        height, width = 8 * view.affine[1, 1] * 0.5, 8 * view.affine[2, 2] * 0.25  # mm
+        assert float(height) == pytest.approx(float(width), abs=0.4)
+        assert 9.7 < width < 20.2
+    with pytest.raises(ValueError, match="need an image with a spacing"):
+        crops(ramp(20, 20), rng())
+    with pytest.raises(ValueError, match="both above 0"):
+        Crops(count=1, size=8, side_mm=(0, 5))

@@ -46,3 +46,12 @@ def test_nothing_or_everything_can_be_hidden_in_part():
     assert not none.any()
     each = stratified_masks(slice(0, 6), 6, (4, 4), **{**EVEN, "probability": 1.0})
     assert each.flatten(1).any(1).all()
+
+
+def test_a_patch_of_a_volume_is_hidden_at_all_depths_or_at_none():
+    masks = stratified_masks(
+        slice(0, 8), 8, (3, 6, 7), ratio=(0.2, 0.4), probability=1.0, seed=1
+    )  # fmt: skip
+    flat = stratified_masks(slice(0, 8), 8, (6, 7), ratio=(0.2, 0.4), probability=1.0, seed=1)
+    assert masks.shape == (8, 3, 6, 7)
+    assert torch.equal(masks, flat[:, None].expand_as(masks))

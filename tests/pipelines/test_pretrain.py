@@ -14,11 +14,14 @@ import pytest
 import torch
 import yaml
 
+from medssl.data.augment import Augmentation
+from medssl.data.boxes import Boxes, MultiBox
 from medssl.data.manifest import NoDataError, build_manifest, load_sample
 from medssl.data.preprocess import Preprocessing
 from medssl.data.views import MultiCrop
 from medssl.models.folder import load_encoder, load_model
 from medssl.models.timm_encoder import TimmEncoder
+from medssl.models.vit3d import ViT3DEncoder
 from medssl.objectives.base import Objective
 from medssl.objectives.joint_embedding.dino import DINO
 from medssl.training import TrainingPlan
@@ -70,6 +73,29 @@ def test_the_folder_holds_the_trained_teacher_its_preprocessing_and_its_domain(t
     assert any(
         not torch.equal(start[key], value) for key, value in saved.model.state_dict().items()
     )
+
+
+def test_a_network_that_takes_volumes_is_pretrained_from_files_and_loads_again(tmp_path: Path):
+    import nibabel
+
+    (tmp_path / "data").mkdir()
+    for number in range(4):
+        values = np.random.default_rng(number).normal(size=(24, 20, 6)).astype(np.float32)
+        image = nibabel.Nifti1Image(values, np.diag([1.0, 1.0, 4.0, 1.0]))
+        nibabel.save(image, tmp_path / "data" / f"{number}.nii.gz")
+    boxes = MultiBox(
+        large=Boxes(count=2, size=(4, 16, 16), side_mm=(12, 20)),
+        small=Boxes(count=1, size=(2, 8, 8), side_mm=(6, 8)),
+        augmentation=Augmentation(),
+    )
+    sides = {"image_size": (4, 16, 16), "patch_size": (2, 8, 8)}
+    encoder = ViT3DEncoder(**sides, embedding_dim=16, depth=1, num_heads=2)
+    objective = DINO(encoder, prototypes=16, hidden_dim=32, bottleneck_dim=16, views=boxes)
+    prepare = Preprocessing(size=(24, 20), intensity="percentile", channels=1)
+    run(tmp_path / "data", tmp_path / "out", objective=objective, preprocessing=prepare)
+    loaded = load_encoder(tmp_path / "out")
+    volumes = torch.randn(2, 1, 4, 16, 16)
+    torch.testing.assert_close(loaded(volumes), objective.teacher.eval()(volumes))
 
 
 def test_the_folder_remembers_what_was_seen_also_by_the_training_before(tmp_path: Path):
@@ -243,11 +269,12 @@ def test_the_configs_in_the_house_build_what_they_name(file: Path):
     values = parser.instantiate(parser.parse_object(given))
     assert isinstance(values.plan, TrainingPlan)
     assert isinstance(values.objective, Objective)
-    views = values.objective.views
-    crops = (views if isinstance(views, MultiCrop) else views.crop).large
-    assert crops.size <= values.preprocessing.size[0]
-    named = yaml.safe_load(file.read_text())["objective"]["init_args"].get("augmentation", {})
+    views = getattr(values.objective.views, "crop", values.objective.views)
+    side = views.large.size if isinstance(views, MultiCrop) else max(views.large.size)
+    assert side <= values.preprocessing.size[0]
+    arguments = yaml.safe_load(file.read_text())["objective"]["init_args"]
+    named = arguments.get("views", {}).get("init_args", arguments).get("augmentation", {})
     kind = named.get("class_path", "medssl.data.augment.Augmentation").rpartition(".")[2]
-    assert type(values.objective.augmentation).__name__ == kind
+    assert type(views.augmentation).__name__ == kind
     first = file.read_text().partition("\n")[0]
     assert first.startswith(f"# medssl pretrain {file} --data ")

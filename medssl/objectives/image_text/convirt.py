@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medssl.data.augment import Augmentation
+from medssl.data.boxes import MultiBox
 from medssl.data.sample import Sample
 from medssl.data.sentences import sentences, wording
 from medssl.data.synthetic.shapes import shape_samples
@@ -19,6 +20,7 @@ from medssl.data.views import Crops, MultiCrop
 from medssl.distributed import processes
 from medssl.models.encoder import Encoder
 from medssl.models.folder import load_encoder
+from medssl.models.hf_text import HFTextEncoder
 from medssl.models.text import SharedSpace, TextEncoder, Vocabulary
 from medssl.objectives.base import Objective
 from medssl.objectives.losses import info_nce
@@ -36,12 +38,12 @@ class ImageAndSentence:
     length: tokens of a sentence.
     """
 
-    crop: MultiCrop
+    crop: MultiCrop | MultiBox
     length: int
     vocabulary: Vocabulary | None = field(default=None, repr=False)
 
     def __call__(self, sample: Sample, generator: torch.Generator) -> dict[str, Tensor]:
-        """Returns "image" (C, H, W), "tokens" (L,) int64 and "wording" () int64."""
+        """Returns "image" (C, H, W) or (C, D, H, W), "tokens" (L,) int64 and "wording" () int64."""
         found = sentences(sample.report or "")
         if not found:
             raise ValueError(f"item {sample.item} has no report; select only images with one")
@@ -59,7 +61,9 @@ class ConVIRT(Objective):
     """An image finds the sentence that was written of it among those of others, and the reverse.
 
     encoder: the image network to train, or an encoder folder to go on from.
-    text: the text network; its vocabulary is learnt from the reports.
+    text: the text network: small, and its vocabulary learnt from the reports, or a
+        `medssl.models.hf_text.HFTextEncoder` that goes on from a local checkpoint with its lower
+        layers frozen, as the paper does.
     dim: d of the shared space.
     temperature: tau of eq. 2; smaller looks more at the hardest negatives.
     weight: lambda of eq. 4, of image -> text; the rest is text -> image.
@@ -69,6 +73,9 @@ class ConVIRT(Objective):
     one_per: what a batch holds at most one of; with "study" a step sees one view of each study.
     size, scale, flip: of the crop.
     augmentation: changes of exposure, contrast, sharpness and noise.
+    crop: the view of the image itself, instead of what the arguments from size on describe: the
+        first large crop of a `medssl.data.views.MultiCrop` or, where the encoder takes volumes, of
+        a `medssl.data.boxes.MultiBox`.
 
     Differs from the paper: images are not mirrored by default, because reports speak of left and
     right, nor turned or shifted beyond what a crop does; sentences that are the same are no
@@ -80,7 +87,7 @@ class ConVIRT(Objective):
         self,
         encoder: Encoder | Path,
         *,
-        text: TextEncoder | None = None,
+        text: TextEncoder | HFTextEncoder | None = None,
         dim: int = 512,
         temperature: float = 0.1,
         weight: float = 0.75,
@@ -90,6 +97,7 @@ class ConVIRT(Objective):
         scale: tuple[float, float] = (0.6, 1.0),
         flip: float = 0.0,
         augmentation: Augmentation = _AUGMENTATION,
+        crop: MultiCrop | MultiBox | None = None,
     ) -> None:
         super().__init__()
         if temperature <= 0 or not 0 <= weight <= 1:
@@ -105,17 +113,15 @@ class ConVIRT(Objective):
         text = TextEncoder() if text is None else text
         self.space = SharedSpace(text, embedding_dim=self.encoder.embedding_dim, dim=dim)
         self.vocabulary_sha256 = ""
-        self.views: ImageAndSentence = ImageAndSentence(
-            crop=MultiCrop(
-                large=Crops(count=1, size=size, scale=scale, flip=flip),
-                small=Crops(count=0, size=1, scale=scale),
-                augmentation=augmentation,
-            ),
-            length=text.length,
+        self.crop: MultiCrop | MultiBox = crop or MultiCrop(
+            large=Crops(count=1, size=size, scale=scale, flip=flip),
+            small=Crops(count=0, size=1, scale=scale),
+            augmentation=augmentation,
         )
+        self.views: ImageAndSentence = ImageAndSentence(crop=self.crop, length=text.length)
 
     @property
-    def text(self) -> TextEncoder:
+    def text(self) -> TextEncoder | HFTextEncoder:
         """The text network."""
         return self.space.text
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medssl.data.augment import Augmentation
+from medssl.data.boxes import MultiBox
 from medssl.data.image import Image, pixel_affine
 from medssl.data.modality import Modality
 from medssl.data.sample import Sample
@@ -44,6 +45,9 @@ class DINO(Objective):
     window_share: smallest and largest share of a wide CT window that a crop shows; None for all of
         it (see `medssl.data.views.MultiCrop`).
     neighbours_mm: the second large crop may come from a slice of the volume so near.
+    views: the views themselves, instead of those that the arguments from global_size on describe: a
+        `medssl.data.views.MultiCrop`, for crops in mm too, or, where the encoder takes volumes, a
+        `medssl.data.boxes.MultiBox`.
 
     Differs from the paper: no color jitter, solarization or grey scale, which only mean something
     in photographs, but gain, offset, gamma and noise with one set of probabilities for all crops;
@@ -74,6 +78,7 @@ class DINO(Objective):
         augmentation: Augmentation = _AUGMENTATION,
         window_share: tuple[float, float] | None = None,
         neighbours_mm: float = 0.0,
+        views: MultiCrop | MultiBox | None = None,
     ) -> None:
         super().__init__()
         if not 0 < teacher_temperature <= student_temperature:
@@ -82,18 +87,16 @@ class DINO(Objective):
                 f"{teacher_temperature} (teacher) and {student_temperature} (student)"
             )
         self.prototypes = prototypes
-        self.hidden_dim = hidden_dim
-        self.bottleneck_dim = bottleneck_dim
+        self.hidden_dim, self.bottleneck_dim = hidden_dim, bottleneck_dim
         self.teacher_temperature = teacher_temperature
         self.student_temperature = student_temperature
-        self.momentum = momentum
-        self.center_momentum = center_momentum
+        self.momentum, self.center_momentum = momentum, center_momentum
         self.frozen_prototypes = frozen_prototypes
         self.global_size, self.global_scale = global_size, global_scale
         self.local_crops, self.local_size, self.local_scale = local_crops, local_size, local_scale
         self.flip, self.augmentation = flip, augmentation
         self.window_share, self.neighbours_mm = window_share, neighbours_mm
-        self.views = MultiCrop(
+        self.views: MultiCrop | MultiBox = views or MultiCrop(
             large=Crops(count=2, size=global_size, scale=global_scale, flip=flip),
             small=Crops(count=local_crops, size=local_size, scale=local_scale, flip=flip),
             augmentation=augmentation,
@@ -115,7 +118,8 @@ class DINO(Objective):
         self._batch_means: list[Tensor] = []  # of the teacher's logits since the last step, (K,)
 
     def loss(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """views: "global" (B, 2, C, H, W) and "local" (B, V, C, h, w), eq. 3 and alg. 1.
+        """views: "global" (B, 2, C, H, W) and "local" (B, V, C, h, w), or (..., C, D, H, W) of
+        volumes; eq. 3 and alg. 1.
 
         Returns "loss", and what the collapse watch reads.
         """
@@ -173,7 +177,7 @@ class DINO(Objective):
         return objective, [_example_sample(i, generator) for i in range(6)]
 
     def _student(self, views: Tensor) -> Tensor:
-        """views: (B, V, C, H, W), one pass per size. Returns log-probabilities (V, B, K)."""
+        """views: (B, V, C, [D,] H, W), one pass per size. Returns log-probabilities (V, B, K)."""
         logits = self.head(self.encoder(_one_by_one(views))).float()
         return F.log_softmax(logits / self.student_temperature, dim=-1).unflatten(
             0, (views.shape[1], -1)
@@ -181,7 +185,7 @@ class DINO(Objective):
 
 
 def _one_by_one(views: Tensor) -> Tensor:
-    """(B, V, C, H, W) -> (V B, C, H, W), all of the first view first."""
+    """(B, V, C, [D,] H, W) -> (V B, C, [D,] H, W), all of the first view first."""
     return views.transpose(0, 1).flatten(0, 1)
 
 

@@ -1,6 +1,6 @@
 """LVM-Med (Nguyen et al., NeurIPS 2023, https://arxiv.org/abs/2306.11925)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medssl.data.augment import Augmentation
+from medssl.data.boxes import MultiBox
 from medssl.data.sample import Sample
 from medssl.data.synthetic.shapes import shape_samples
 from medssl.data.views import Crops, MultiCrop
@@ -55,6 +56,9 @@ class LVMMed(Objective):
     size, scale, flip: of the two crops.
     augmentation: changes of exposure, contrast, sharpness and noise, drawn per crop.
     neighbours_mm: the second crop may come from a slice of the volume so near.
+    views: the views themselves, instead of those that the arguments from size on describe: a
+        `medssl.data.views.MultiCrop`, for crops in mm too, or, where the encoder takes volumes, a
+        `medssl.data.boxes.MultiBox`.
 
     Differs from the paper, whose training code is not public: the linear and quadratic problems
     are solved by scipy and by a batched fixed point with exchanges, not by Lagrange decomposition;
@@ -84,6 +88,7 @@ class LVMMed(Objective):
         flip: float = 0.5,
         augmentation: Augmentation = _AUGMENTATION,
         neighbours_mm: float = 0.0,
+        views: MultiCrop | MultiBox | None = None,
     ) -> None:
         super().__init__()
         if not 1 <= neighbours < graph_size:
@@ -103,7 +108,7 @@ class LVMMed(Objective):
         self.second_order, self.one_per = second_order, one_per
         self.size, self.scale, self.flip = size, scale, flip
         self.augmentation, self.neighbours_mm = augmentation, neighbours_mm
-        self.views = MultiCrop(
+        self.views: MultiCrop | MultiBox = views or MultiCrop(
             large=Crops(count=2, size=size, scale=scale, flip=flip),
             small=Crops(count=0, size=1, scale=scale),
             augmentation=augmentation,
@@ -122,7 +127,8 @@ class LVMMed(Objective):
         self.steps: Tensor
 
     def loss(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """views: "global" (B, 2, C, H, W), "global_place" (B, 2, 2, 3) and "item" (B,).
+        """views: "global" (B, 2, C, H, W) with "global_place" (B, 2, 2, 3), or (B, 2, C, D, H, W)
+        with (B, 2, 3, 4), and "item" (B,).
 
         Returns "loss", and "matched": the share of images that are matched with themselves without
         noise, by embeddings alone.
@@ -132,12 +138,13 @@ class LVMMed(Objective):
             raise ValueError(
                 f"a batch of {len(crops)} is no multiple of graph_size {self.graph_size}"
             )
-        side_by_side = crops.transpose(0, 1).flatten(0, 1)  # (2 B, C, H, W), first views first
+        side_by_side = crops.transpose(0, 1).flatten(0, 1)  # (2 B, C, [D,] H, W), first views first
         embedding, features = self.encoder.embed_with_map(side_by_side)
         nodes = self._in_graphs(self.projector(embedding).float())  # (2, G, N, E)
         places = views["global_place"].transpose(0, 1).flatten(0, 1)  # (2 B, 2, 3)
         with full_precision(nodes):
-            together, affinity = self._affinity(nodes, features.float(), places)
+            local = self._local(features.float(), places, crops.shape[3:])
+            together, affinity = self._affinity(nodes, local)
             noise = self._drawn(affinity.nodes, views["item"])
             loss = matching_loss(affinity, noise=noise, weight=self.perturbation)
         return {"loss": loss, **_statistics(together.detach(), embedding.detach().float())}
@@ -189,15 +196,15 @@ class LVMMed(Objective):
         """(2 B, ...) -> (2, G, N, ...), the first views first."""
         return both.unflatten(0, (2, -1, self.graph_size))
 
-    def _affinity(self, nodes: Tensor, features: Tensor, places: Tensor) -> tuple[Tensor, Affinity]:
+    def _affinity(self, nodes: Tensor, local: Tensor) -> tuple[Tensor, Affinity]:
         """Cosines of the embeddings (G, N, N), and what goes together by all that counts.
 
-        nodes: (2, G, N, E). features: (2 B, E, h, w) and places: (2 B, 2, 3) of the crops.
+        nodes: (2, G, N, E). local: (G, N, N), how alike the images' places are.
         """
         edges = [nearest_neighbours(side.detach(), self.neighbours) for side in nodes]
         first, second = (self.messages(one, near) for one, near in zip(nodes, edges, strict=True))
         together = F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).mT
-        mixed = self.alpha * together + (1 - self.alpha) * self._local(features, places)
+        mixed = self.alpha * together + (1 - self.alpha) * local
         if not self.second_order:
             return together, Affinity(nodes=mixed)
         return together, Affinity(
@@ -207,17 +214,19 @@ class LVMMed(Objective):
             second=edges[1],
         )
 
-    def _local(self, features: Tensor, places: Tensor) -> Tensor:
+    def _local(self, features: Tensor, places: Tensor, size: Sequence[int]) -> Tensor:
         """How alike the places of two images are, (G, N, N) in [-1, 1] (eq. 2 and 3).
 
-        features: (2 B, E, h, w). places: (2 B, 2, 3) of the crops.
+        features: (2 B, E, h, w) or (2 B, E, d, h, w). places: (2 B, 2, 3) or (2 B, 3, 4) of the
+        crops, which have `size` pixels.
         """
-        grid = (min(self.local_grid, features.shape[2]), min(self.local_grid, features.shape[3]))
-        direction = F.normalize(F.adaptive_avg_pool2d(features, grid).flatten(2), dim=1)
+        grid = [min(self.local_grid, side) for side in features.shape[2:]]
+        pool = nn.AdaptiveAvgPool2d if len(grid) == 2 else nn.AdaptiveAvgPool3d
+        direction = F.normalize(pool(tuple(grid))(features).flatten(2), dim=1)
         first, second = self._in_graphs(direction)  # (G, N, E, P)
         cosine = torch.einsum("giep,gaeq->giapq", first, second)
-        positions = grid_positions(places, (self.size, self.size), grid)
-        here, there = self._in_graphs(positions)  # (G, N, P, 2)
+        positions = grid_positions(places, size, grid)
+        here, there = self._in_graphs(positions)  # (G, N, P, 2 or 3)
         here, there = here[:, :, None], there[:, None]  # every pair of images
         count = self.local_pairs
         terms = [

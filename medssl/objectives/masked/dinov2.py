@@ -1,6 +1,6 @@
 """DINOv2 (Oquab et al., TMLR 2024, https://arxiv.org/abs/2304.07193)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medssl.data.augment import Augmentation
+from medssl.data.boxes import MultiBox
 from medssl.data.sample import Sample
 from medssl.data.synthetic.shapes import shape_samples
 from medssl.data.views import Crops, MultiCrop
@@ -18,6 +19,7 @@ from medssl.models.heads import DINOHead
 from medssl.models.masking import stratified_masks
 from medssl.models.momentum import follow, teacher_of
 from medssl.models.vit import ViTEncoder
+from medssl.models.vit3d import ViT3DEncoder
 from medssl.objectives.base import Objective
 from medssl.objectives.losses import (
     distillation_loss,
@@ -53,7 +55,7 @@ class DINOv2(Objective):
         been trained before; 0.05 when going on from published weights.
     layer_decay: the learning rate of a block is this times that of the next; 0.9 in the paper.
     global_size, global_scale, local_crops, local_size, local_scale, flip, augmentation,
-        window_share: as of `medssl.objectives.joint_embedding.dino.DINO`.
+        window_share, views: as of `medssl.objectives.joint_embedding.dino.DINO`.
 
     Differs from the paper: the changes of intensity are those of scanners, not of photographs; the
     teacher's temperature has no warm-up; no patch is predicted by the crops that hide nothing.
@@ -61,7 +63,7 @@ class DINOv2(Objective):
 
     def __init__(
         self,
-        encoder: ViTEncoder | Path,
+        encoder: ViTEncoder | ViT3DEncoder | Path,
         *,
         prototypes: int = 65_536,
         hidden_dim: int = 2048,
@@ -85,6 +87,7 @@ class DINOv2(Objective):
         flip: float = 0.5,
         augmentation: Augmentation = _AUGMENTATION,
         window_share: tuple[float, float] | None = None,
+        views: MultiCrop | MultiBox | None = None,
     ) -> None:
         super().__init__()
         self.prototypes, self.hidden_dim = prototypes, hidden_dim
@@ -98,7 +101,7 @@ class DINOv2(Objective):
         self.global_size, self.global_scale = global_size, global_scale
         self.local_crops, self.local_size, self.local_scale = local_crops, local_size, local_scale
         self.flip, self.augmentation, self.window_share = flip, augmentation, window_share
-        self.views = MultiCrop(
+        self.views: MultiCrop | MultiBox = views or MultiCrop(
             large=Crops(count=2, size=global_size, scale=global_scale, flip=flip),
             small=Crops(count=local_crops, size=local_size, scale=local_scale, flip=flip),
             augmentation=augmentation,
@@ -108,12 +111,12 @@ class DINOv2(Objective):
         self._build(load_encoder(encoder) if isinstance(encoder, Path) else encoder)
 
     def loss(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """views: "global" (B, 2, C, H, W) and "local" (B, V, C, h, w).
+        """views: "global" (B, 2, C, H, W) and "local" (B, V, C, h, w), or (..., C, D, H, W).
 
         Returns "loss", its parts, and what the collapse watch reads.
         """
-        large = views["global"].transpose(0, 1).flatten(0, 1)  # (2 B, C, H, W), view by view
-        hidden = self._masks(len(views["global"])).to(large.device)  # (2 B, N)
+        large = views["global"].transpose(0, 1).flatten(0, 1)  # (2 B, C, [D,] H, W), view by view
+        hidden = self._masks(len(views["global"]), large.shape[2:]).to(large.device)  # (2 B, N)
         with torch.no_grad():
             token, patches = self.teacher.tokens(large)
             logits = self.teacher_head(token).float()
@@ -205,10 +208,10 @@ class DINOv2(Objective):
 
     def _build(self, encoder: nn.Module) -> None:
         """The student's networks and the teacher's."""
-        if not isinstance(encoder, ViTEncoder):
+        if not isinstance(encoder, (ViTEncoder, ViT3DEncoder)):
             raise ValueError(
                 "patches can be hidden in a vision transformer only: give a "
-                "medssl.models.vit.ViTEncoder"
+                "medssl.models.vit.ViTEncoder or, for volumes, a medssl.models.vit3d.ViT3DEncoder"
             )
         self.encoder = encoder
         self.encoder.requires_grad_(True)
@@ -234,12 +237,11 @@ class DINOv2(Objective):
         self.steps: Tensor
         self._means: dict[str, Tensor] = {}  # of the teacher's logits at the last loss, (K,)
 
-    def _masks(self, count: int) -> Tensor:
-        """The patches that are hidden in the large crops, (2 B, N) bool, view by view.
+    def _masks(self, count: int, size: Sequence[int]) -> Tensor:
+        """The patches that are hidden in large crops of `size`, (2 B, N) bool, view by view.
 
         The same whichever process draws which of them.
         """
-        side = self.encoder.grid(self.global_size)
         total = 2 * count * processes()
         views = []
         for view in range(2):  # (view, process, image) is the order of the whole batch
@@ -247,7 +249,7 @@ class DINOv2(Objective):
             masks = stratified_masks(
                 slice(first, first + count),
                 total,
-                (side, side),
+                self.encoder.grid(size),
                 ratio=self.hidden_ratio,
                 probability=self.hidden_probability,
                 seed=int(self.steps),

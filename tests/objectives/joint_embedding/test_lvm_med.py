@@ -129,7 +129,7 @@ def test_the_local_affinity_is_one_for_an_image_with_itself_and_less_with_anothe
     pixels = torch.stack([s.images["image"].pixels for s in shape_samples(4, seed=5)])
     _, features = method.encoder.embed_with_map(pixels)
     place = torch.tensor([[1 / 32, 0, 0], [0, 1 / 32, 0]]).expand(8, 2, 3)
-    local = method._local(torch.cat([features, features]), place)
+    local = method._local(torch.cat([features, features]), place, (32, 32))
     torch.testing.assert_close(local[0].diagonal(), torch.ones(4))
     assert (local[0] < 1 + 1e-5).all()
 

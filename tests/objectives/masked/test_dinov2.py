@@ -39,7 +39,7 @@ def test_the_terms_are_lightlys_with_centring():
     views = batch(method)
     found = method.loss(views)
     both = [views["global"][:, view] for view in (0, 1)]
-    hidden = method._masks(6)
+    hidden = method._masks(6, (48, 48))
     with torch.no_grad():
         teacher = [method.teacher_head(method.teacher(view)) for view in both]
         own = [method.encoder.tokens(v, h) for v, h in zip(both, hidden.chunk(2), strict=True)]
@@ -72,10 +72,10 @@ def test_weights_of_the_terms_count():
 
 def test_half_of_the_large_crops_hide_something_and_every_step_something_else():
     method = objective()
-    first = method._masks(6)
+    first = method._masks(6, (48, 48))
     assert int(first.any(1).sum()) == 6
     method.after_step(Clock(samples_seen=6, total_samples=60, step=1))
-    assert not torch.equal(method._masks(6), first)
+    assert not torch.equal(method._masks(6, (48, 48)), first)
 
 
 def test_centres_follow_the_teachers_mean_logits_and_sinkhorn_needs_none():
