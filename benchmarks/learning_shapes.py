@@ -110,8 +110,8 @@ OBJECTIVES: dict[str, tuple[Callable[[Encoder], Objective], int, int]] = {
     "dino": (dino, 64_000, 64),
     "first_order": (lambda encoder: lvm_med(encoder, second_order=False), 72_000, 128),
     "second_order": (lambda encoder: lvm_med(encoder, second_order=True), 72_000, 128),
-    "convirt": (convirt, 64_000, 128),
-    "shuffled": (convirt, 64_000, 128),
+    "convirt": (convirt, 128_000, 128),
+    "shuffled": (convirt, 128_000, 128),
 }
 
 
