@@ -243,9 +243,10 @@ def selftest_noise(shape: Sequence[int]) -> Tensor:
 @torch.no_grad()
 def _run_selftest(model: nn.Module, noise: Tensor) -> Tensor:
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     answer = cast(Any, model.eval()).selftest(noise.to(device)).float().cpu()
-    model.train(training)
+    for module, flag in training.items():  # a frozen encoder inside stays as it was
+        module.training = flag
     return answer
 
 
