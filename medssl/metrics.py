@@ -46,6 +46,29 @@ def average_precision(scores: Tensor, labels: Tensor) -> float:
     return float(average_precision_score(*_checked(scores, labels)))
 
 
+def auroc_of_draws(scores: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+    """`auroc` of many draws at once, (R,) float64; NaN where a draw misses a class.
+
+    scores, labels: (S,) as of `auroc`. counts: (R, S), how often each draw holds each item.
+    """
+    values, place = scores.double().unique(return_inverse=True)  # from the smallest on
+    weights = counts.double()
+    sides = []
+    for side in (0, 1):
+        of_side = weights * (labels == side)
+        total = weights.new_zeros(len(weights), len(values))
+        sides.append(total.index_add_(1, place, of_side))  # (R, U)
+    normal, anomalous = sides
+    below = normal.cumsum(1) - normal / 2  # ties count half
+    return (anomalous * below).sum(1) / (normal.sum(1) * anomalous.sum(1))
+
+
+def draws_of_groups(groups: Sequence[str | None], repeats: int, seed: int) -> Tensor:
+    """How often each of `repeats` draws of whole groups holds each item, (R, S) int64."""
+    drawn = _resampled(groups, seed)
+    return torch.stack([next(drawn) for _ in range(repeats)])
+
+
 def bootstrap(
     metric: Callable[..., float],
     *arrays: Tensor,

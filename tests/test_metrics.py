@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from medssl.metrics import Interval, OneClassError, auroc, average_precision, bootstrap
+from medssl.metrics import (
+    Interval,
+    OneClassError,
+    auroc,
+    auroc_of_draws,
+    average_precision,
+    bootstrap,
+    draws_of_groups,
+)
 
 
 def test_auroc_counts_the_pairs_in_order_and_half_the_ties():
@@ -83,3 +91,20 @@ def test_the_seed_decides_the_interval():
     assert first == bootstrap(mean, values, groups=[None] * 30, seed=1)
     assert first != bootstrap(mean, values, groups=[None] * 30, seed=2)
     assert np.isfinite(list(first.to_dict().values())).all()
+
+
+def test_the_auroc_of_many_draws_is_that_of_each():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 6, (30,), generator=generator).float()  # with ties
+    labels = torch.arange(30) % 3 // 2
+    groups = [f"patient{n // 2}" for n in range(30)]
+    counts = draws_of_groups(groups, 20, seed=1)
+    assert counts.shape == (20, 30)
+    assert torch.equal(counts[:, ::2], counts[:, 1::2])  # a patient comes whole
+    found = auroc_of_draws(scores, labels, counts)
+    for count, value in zip(counts, found, strict=True):
+        rows = torch.arange(30).repeat_interleave(count)
+        assert value.item() == pytest.approx(auroc(scores[rows], labels[rows]))
+    one_class = torch.zeros(1, 30, dtype=torch.int64)
+    one_class[0, 0] = 3
+    assert auroc_of_draws(scores, labels, one_class).isnan().all()
