@@ -21,6 +21,7 @@ from pipelines.journal import read_header, write_whole
 from pipelines.record import recorded, resolve
 from pipelines.report.page import METRICS, write_report
 from pipelines.score import Row, identity, labels_of, read_rows, score_manifest
+from pipelines.scoring import check_ranks_anomalies
 
 FPR_LIMIT = 0.3
 REPEATS = 1000
@@ -43,7 +44,7 @@ def evaluate(
 
     Args:
         path: a folder, a file, or a manifest written by `medssl manifest`.
-        model: a folder written by `medssl fit`, or models:/NAME@champion, or models:/NAME/3.
+        model: folder of a fitted model, or models:/NAME@champion, or models:/NAME/3.
         out: folder for the scores, or one that `medssl score` filled; metrics.json is added.
         select: only items for which this expression over manifest columns holds.
         groups: FILE:COLUMN that names each picture's patient or part.
@@ -55,6 +56,7 @@ def evaluate(
     if select is not None:
         manifest = manifest.select(select)
     folder = resolve(model)
+    check_ranks_anomalies(folder)
     judged = judged_part(manifest)
     with recorded("evaluate", arguments) as run:
         run.manifest(judged)
@@ -194,6 +196,9 @@ def _pixel_metrics(
     skipped: dict[str, str],
 ) -> dict[str, Any]:
     """On the source grid; normal items count as unmarked, anomalous ones without a mask do not."""
+    if any(row["map_path"] is None for row in scored):
+        skipped["pixel metrics"] = "a classifier gives no maps"
+        return {}
     chosen = [
         (item, row)
         for item, row in zip(items, scored, strict=True)

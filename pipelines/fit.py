@@ -211,6 +211,7 @@ class _Work:
             for item in items:
                 try:
                     scored = scorer.score([load_sample(manifest, item)])[0]
+                    assert scored.map is not None  # a detector's
                     found.append((scored.score, _largest(scored.map)))
                 except (ReadError, ValueError) as error:
                     self.failed(item, error)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from medssl.data.image import Image
 from medssl.data.manifest import Item, Manifest, NoDataError, build_manifest, load_sample
 from medssl.data.readers.errors import ReadError
 from medssl.data.sample import Sample
@@ -22,7 +23,7 @@ from pipelines.console import progress, say
 from pipelines.journal import Journal, alone, write_whole
 from pipelines.record import resolve
 from pipelines.report.overlay import view
-from pipelines.report.page import write_overlays, write_report
+from pipelines.report.page import predicted_counts, write_overlays, write_report
 from pipelines.scoring import OutsideDomainError, Scored, Scorer
 
 Row = dict[str, Any]
@@ -31,6 +32,8 @@ COLUMNS = [
     *("item", "path", "file_sha256", "modality", "score", "p_value", "threshold", "anomalous"),
     *("map_path", "boxes", "volume_mm3", "model", "status", "error", "seconds"),
 ]
+CLASS_COLUMNS = ["predicted", "class_scores"]
+"""What the tables of a classifier say besides; class_scores is JSON text but for .jsonl."""
 TABLES = ("scores.parquet", "scores.csv", "scores.jsonl")
 _MOST_NAMED = 20
 
@@ -46,14 +49,16 @@ def score(
     batch_size: int = 8,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Score images with a fitted detector; write tables, maps, overlays and a report.
+    """Score images with a fitted model; write tables, maps, overlays and a report.
+
+    A detector gives scores and maps; a classifier the class and its scores, and no maps.
 
     Started again in the same folder it continues where it was stopped, and does nothing where it
     was finished.
 
     Args:
         path: a folder, a file, or a manifest written by `medssl manifest`.
-        model: a folder written by `medssl fit`, or models:/NAME@champion, or models:/NAME/3.
+        model: folder of a fitted model, or models:/NAME@champion, or models:/NAME/3.
         out: folder for scores.parquet, .csv and .jsonl, maps, overlays and report.html.
         force: score items outside the model's domain too, such as an MR with a CT detector.
         select: only items for which this expression over manifest columns holds.
@@ -153,7 +158,9 @@ class _Work:
 
     def __init__(self, scorer: Scorer, manifest: Manifest, out: Path, model: str) -> None:
         self.scorer, self.manifest, self.out, self.model = scorer, manifest, out, model
-        for name in ("maps", "overlays", "journal/views"):
+        self.columns = COLUMNS if scorer.classes is None else COLUMNS + CLASS_COLUMNS
+        maps = ["maps"] if scorer.classes is None else []
+        for name in (*maps, "overlays", "journal/views"):
             (out / name).mkdir(parents=True, exist_ok=True)
         for half in (out / "maps").glob(".*"):  # left by a process that was killed
             half.unlink()
@@ -163,7 +170,7 @@ class _Work:
         rows, samples, seconds = {}, {}, {}
         for item in items:
             started = time.perf_counter()
-            rows[item.item] = dict.fromkeys(COLUMNS) | {
+            rows[item.item] = dict.fromkeys(self.columns) | {
                 "item": item.item,
                 "path": item.path,
                 "file_sha256": item.file_sha256,
@@ -209,23 +216,28 @@ class _Work:
         """Write the map and what the overlay needs. Returns what the table says of them."""
         if isinstance(verdict, Exception):
             return {"status": "error", "error": str(verdict)}
-        source = sample.images["image"]
-        placed = source.frame == "patient"
-        ending, write = (".nii.gz", write_nifti) if placed else (".tiff", write_tiff)
-        map_path = f"maps/{sample.item}{ending}"
-        write(verdict.map, self.out / map_path)
-        shown = view(source, verdict.map, self.scorer.preprocessing)
+        shown = view(sample.images["image"], verdict.map, self.scorer.preprocessing)
         shown.save(self.out / "journal" / "views" / f"{sample.item}.npz")
+        classes = {"predicted": verdict.predicted, "class_scores": verdict.class_scores}
         return {
             "score": verdict.score,
             "p_value": verdict.p_value,
             "threshold": verdict.threshold,
             "anomalous": verdict.anomalous,
-            "map_path": map_path,
+            "map_path": None if verdict.map is None else self._write_map(sample.item, verdict.map),
             "boxes": None if verdict.boxes is None else [list(box) for box in verdict.boxes],
             "volume_mm3": verdict.volume_mm3,
             "status": "ok",
+            **({} if verdict.class_scores is None else classes),
         }
+
+    def _write_map(self, item: str, values: Image) -> str:
+        """Returns the path below `out`."""
+        placed = values.frame == "patient"
+        ending, write = (".nii.gz", write_nifti) if placed else (".tiff", write_tiff)
+        map_path = f"maps/{item}{ending}"
+        write(values, self.out / map_path)
+        return map_path
 
 
 def _verdicts(scorer: Scorer, samples: list[Sample]) -> list[Scored | Exception]:
@@ -243,24 +255,32 @@ def _verdicts(scorer: Scorer, samples: list[Sample]) -> list[Scored | Exception]
 
 
 def write_tables(out: Path, rows: Sequence[Row]) -> None:
-    """scores.parquet, scores.csv (boxes as JSON) and scores.jsonl, one row per item."""
+    """scores.parquet, scores.csv (boxes as JSON) and scores.jsonl, one row per item.
+
+    rows: at least one; all have the same columns.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = dict.fromkeys(COLUMNS, pa.string()) | dict.fromkeys(_NUMBERS, pa.float64())
+    columns = list(rows[0])
+    kinds = dict.fromkeys(columns, pa.string()) | dict.fromkeys(_NUMBERS, pa.float64())
     kinds |= {"anomalous": pa.bool_(), "boxes": pa.list_(pa.list_(pa.int32()))}
     parquet = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=pa.schema(list(kinds.items()))), parquet)
+    plain = [_with_json(row, "class_scores") for row in rows]
+    pq.write_table(pa.Table.from_pylist(plain, schema=pa.schema(list(kinds.items()))), parquet)
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        boxes = None if row["boxes"] is None else json.dumps(row["boxes"])
-        writer.writerow({**row, "boxes": boxes})
+    writer.writerows(_with_json(row, "boxes") for row in plain)
     lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     write_whole(out / TABLES[0], parquet.getvalue())
     write_whole(out / TABLES[1], text.getvalue())
     write_whole(out / TABLES[2], lines)
+
+
+def _with_json(row: Row, column: str) -> Row:
+    """The row with one cell as JSON text, where it is there and holds something."""
+    return row if row.get(column) is None else row | {column: json.dumps(row[column])}
 
 
 def _summary(rows: Sequence[Mapping[str, Any]], out: Path, model: str) -> dict[str, Any]:
@@ -269,14 +289,16 @@ def _summary(rows: Sequence[Mapping[str, Any]], out: Path, model: str) -> dict[s
         for status in ("ok", "refused", "error")
     }
     verdicts = [row["anomalous"] for row in rows if row["anomalous"] is not None]
+    classes = {"predicted": predicted_counts(rows)} if "predicted" in rows[0] else {}
     return {
         "items": len(rows),
         **counts,
         "failed": counts["refused"] + counts["error"],
         "anomalous": sum(verdicts) if verdicts else None,
+        **classes,
         "model": model,
         "scores": str((out / "scores.parquet").resolve()),
-        "maps": str((out / "maps").resolve()),
+        "maps": None if classes else str((out / "maps").resolve()),
         "report": str((out / "report.html").resolve()),
     }
 
@@ -286,6 +308,9 @@ def _tell(summary: Mapping[str, Any], rows: Sequence[Row]) -> None:
         say(f"item {row['item']} {row['status']}: {row['error']}")
     anomalous = summary["anomalous"]
     verdict = "no verdicts" if anomalous is None else f"{anomalous} anomalous"
+    if "predicted" in summary:
+        told = [f"{count} {name}" for name, count in summary["predicted"].items()]
+        verdict = ", ".join(told) or verdict
     say(
         f"{summary['ok']} of {summary['items']} items scored ({verdict}), "
         f"{summary['refused']} refused, {summary['error']} failed; see {summary['report']}"

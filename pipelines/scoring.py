@@ -1,10 +1,10 @@
-"""A fitted detector, its preprocessing and its calibration as one: raw samples to verdicts."""
+"""A fitted model, its preprocessing and its calibration as one: raw samples to verdicts."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,35 +15,41 @@ from medssl.data.domain import check_domain
 from medssl.data.geometry import resample
 from medssl.data.image import Image
 from medssl.data.preprocess import Preprocessing
-from medssl.data.sample import Sample, collate
+from medssl.data.sample import Batch, Sample, collate
 from medssl.models.folder import ModelFolderError, SavedModel, load_model
+from medssl.probes.classifier import Classifier
 from pipelines.device import choose_device
 
 
 class OutsideDomainError(ValueError):
-    """An item unlike anything the detector was fitted on; the message is the reason."""
+    """An item unlike anything the model was fitted on; the message is the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scored:
     """The verdict on one item; larger scores and map values are more anomalous.
 
-    score: raw.
-    map: (1, *axes) raw float32 on the source's grid, NaN where the source is not valid.
-    p_value, threshold, anomalous: None where the detector is not calibrated.
+    score: raw; of a classifier what `Classifier.item_scores` says.
+    map: (1, *axes) raw float32 on the source's grid, NaN where the source is not valid; None from a
+        classifier, and boxes and volume_mm3 with it.
+    p_value, threshold, anomalous: None where the model is not calibrated.
     boxes: regions above the calibrated map threshold, largest first, in source indices, half-open:
         (h0, w0, h1, w1) or (d0, h0, w0, d1, h1, w1); None where not calibrated.
     volume_mm3: of all regions together; None in 2D, without physical spacing or calibration.
+    predicted, class_scores: the likeliest class, and the score of each by its name; None from a
+        detector.
     """
 
     item: str
     score: float
-    map: Image
+    map: Image | None
     p_value: float | None
     threshold: float | None
     anomalous: bool | None
     boxes: tuple[tuple[int, ...], ...] | None
     volume_mm3: float | None
+    predicted: str | None = None
+    class_scores: Mapping[str, float] | None = None
 
 
 class Scorer:
@@ -52,18 +58,23 @@ class Scorer:
     On one machine and thread count, equal lists of samples give equal bits. Volumes are predicted
     one by one, so theirs do not depend on the list at all.
 
-    model_folder: a folder written by `medssl fit`.
+    model_folder: of a detector, as written by `medssl fit`, or of a `Classifier`.
     device: "auto" takes a GPU where there is one.
-    force: score items outside the detector's domain too.
-    Raises FileNotFoundError or ModelFolderError for a folder that is no fitted detector.
+    force: score items outside the model's domain too.
+    Raises FileNotFoundError or ModelFolderError for a folder of anything else.
     """
 
     saved: SavedModel | None
 
     def __init__(self, model_folder: Path, *, device: str = "auto", force: bool = False) -> None:
-        saved = load_model(model_folder, kind="detector")
+        saved = load_model(model_folder)
+        if not isinstance(saved.model, Detector | Classifier):
+            raise ModelFolderError(
+                f"{model_folder.name} holds a fitted {saved.kind}, expected a detector, or a probe "
+                "together with its encoder"
+            )
         self._hold(
-            cast(Detector, saved.model),
+            saved.model,
             saved.preprocessing,
             domain=None if force else saved.domain,
             calibration=read_calibration(model_folder),
@@ -74,14 +85,14 @@ class Scorer:
     @classmethod
     def from_parts(
         cls,
-        model: Detector,
+        model: Detector | Classifier,
         preprocessing: Preprocessing,
         *,
         domain: Mapping[str, Any] | None = None,
         calibration: Calibration | None = None,
         device: str | torch.device = "cpu",
     ) -> Self:
-        """A scorer of a detector that is not saved yet.
+        """A scorer of a model that is not saved yet.
 
         domain: None scores whatever comes.
         calibration: None leaves verdicts, boxes and volumes empty.
@@ -93,7 +104,7 @@ class Scorer:
 
     def _hold(
         self,
-        model: Detector,
+        model: Detector | Classifier,
         preprocessing: Preprocessing,
         *,
         domain: Mapping[str, Any] | None,
@@ -106,14 +117,19 @@ class Scorer:
         self.domain = domain
         self.calibration = calibration
 
+    @property
+    def classes(self) -> Sequence[str] | None:
+        """What a classifier tells apart; None of a detector."""
+        return self.model.classes if isinstance(self.model, Classifier) else None
+
     def check(self, sample: Sample) -> None:
-        """Raises OutsideDomainError for a sample unlike what the detector was fitted on."""
+        """Raises OutsideDomainError for a sample unlike what the model was fitted on."""
         reason = self.domain and check_domain(sample.images["image"], self.domain)
         if reason:
             raise OutsideDomainError(reason)
 
     def prepare(self, sample: Sample) -> Sample:
-        """The sample as the detector sees it, without its mask.
+        """The sample as the model sees it, without its mask.
 
         Raises what `check` raises, and ValueError where the preprocessing cannot take the image.
         """
@@ -124,29 +140,56 @@ class Scorer:
     def score(self, samples: Sequence[Sample]) -> list[Scored]:
         """One verdict per sample, in their order; samples are as read, on the source's grid.
 
-        Raises what `prepare` raises, and ValueError where the detector gives no finite score.
+        Raises what `prepare` raises, and ValueError where the model gives no finite score.
         """
         prepared = [self.prepare(sample) for sample in samples]
         found: dict[int, Scored] = {}
         for rows in _alike([sample.images["image"] for sample in prepared]):
             batch = collate([prepared[row] for row in rows]).to(self.device)
+            images = [(prepared[row].images["image"], samples[row].images["image"]) for row in rows]
             with torch.inference_mode():
-                answer = self.model.predict(batch)
-            scores = answer.score.float().cpu().tolist()
-            for row, score, values in zip(rows, scores, answer.maps["image"], strict=True):
-                source, image = samples[row].images["image"], prepared[row].images["image"]
-                home = map_to_source(values.cpu(), image, source)
-                found[row] = self._verdict(samples[row].item, score, home)
+                if isinstance(self.model, Classifier):
+                    verdicts = self._classified(self.model, batch)
+                else:
+                    verdicts = self._mapped(self.model, batch, images)
+            found.update(zip(rows, verdicts, strict=True))
         return [found[row] for row in range(len(samples))]
 
-    def _verdict(self, item: str, score: float, values: Image) -> Scored:
-        if not torch.tensor(score).isfinite():
-            raise ValueError(
-                f"item {item}: the detector gave the score {score}; look at its pixels"
+    def _mapped(
+        self, model: Detector, batch: Batch, images: Sequence[tuple[Image, Image]]
+    ) -> list[Scored]:
+        """images: of each item as the detector sees it, and as it was read."""
+        answer = model.predict(batch)
+        scores = answer.score.float().cpu().tolist()
+        maps = [
+            map_to_source(values.cpu(), image, source)
+            for values, (image, source) in zip(answer.maps["image"], images, strict=True)
+        ]
+        return [
+            self._verdict(item, score, home)
+            for item, score, home in zip(batch.items, scores, maps, strict=True)
+        ]
+
+    def _classified(self, model: Classifier, batch: Batch) -> list[Scored]:
+        class_scores = model.predict(batch.images["image"].pixels).cpu().double()  # (B, K)
+        scores = model.item_scores(class_scores).tolist()
+        verdicts = []
+        for item, score, row in zip(batch.items, scores, class_scores, strict=True):
+            _check_finite(item, row.tolist())
+            verdicts.append(
+                replace(
+                    self._verdict(item, score, None),
+                    predicted=model.classes[int(row.argmax())],
+                    class_scores=dict(zip(model.classes, row.tolist(), strict=True)),
+                )
             )
+        return verdicts
+
+    def _verdict(self, item: str, score: float, values: Image | None) -> Scored:
+        _check_finite(item, [score])
         known = self.calibration
         boxes, volume_mm3 = None, None
-        if known is not None and known.map_threshold is not None:
+        if values is not None and known is not None and known.map_threshold is not None:
             boxes, volume_mm3 = regions(values, known.map_threshold)
         return Scored(
             item=item,
@@ -160,11 +203,17 @@ class Scorer:
         )
 
 
+def _check_finite(item: str, scores: Sequence[float]) -> None:
+    if not torch.tensor(scores).isfinite().all():
+        told = ", ".join(map(str, scores))
+        raise ValueError(f"item {item}: the model gave the score {told}; look at its pixels")
+
+
 def map_to_source(values: Tensor, prepared: Image, source: Image) -> Image:
     """Bring a map home: onto the source's grid, NaN where the source is not valid.
 
     values: (*spatial axes) on the grid of `prepared`, padding at the end of the axes allowed.
-    prepared: the image the detector saw; only its place in the world is used.
+    prepared: the image the model saw; only its place in the world is used.
     Returns an image of one channel with the source's affine, spacing and axes.
     """
     shape = prepared.spatial_shape
@@ -212,7 +261,7 @@ def regions(values: Image, threshold: float) -> tuple[tuple[tuple[int, ...], ...
 
 
 def read_calibration(model_folder: Path) -> Calibration | None:
-    """The calibration saved with a detector, or None where none was.
+    """The calibration saved with a model, or None where none was.
 
     Raises ModelFolderError where the file is damaged.
     """
@@ -223,6 +272,25 @@ def read_calibration(model_folder: Path) -> Calibration | None:
         return Calibration.from_dict(json.loads(file.read_text()))
     except (ValueError, KeyError, TypeError) as error:
         raise ModelFolderError(f"{model_folder.name}/calibration.json is damaged") from error
+
+
+def check_ranks_anomalies(model_folder: Path) -> None:
+    """Raises ValueError where larger scores do not mean more anomalous: no class is normal.
+
+    A folder that cannot be read is left to `load_model`, which says why.
+    """
+    import yaml
+
+    try:
+        description = yaml.safe_load((model_folder / "model.yaml").read_text())
+        arguments = description["model"]["init_args"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return
+    if "classes" in arguments and arguments.get("normal") is None:
+        raise ValueError(
+            f"none of the classes {arguments['classes']} is the normal one, so scores cannot be "
+            "held against normal and anomalous items; save the classifier with its normal class"
+        )
 
 
 def _alike(images: Sequence[Image]) -> list[list[int]]:

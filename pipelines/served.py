@@ -5,6 +5,7 @@ MLflow keeps a copy of this file with each registered model and runs it when the
 
 import base64
 import binascii
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -15,10 +16,12 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 COLUMNS = ("score", "p_value", "threshold", "anomalous", "status", "error")
+CLASS_COLUMNS = ("predicted", "class_scores")
+"""What a classifier tells besides; class_scores is JSON text."""
 
 
-class ServedDetector(PythonModel):
-    """A fitted detector behind `mlflow.pyfunc`; larger scores are more anomalous."""
+class ServedModel(PythonModel):
+    """A fitted detector or classifier behind `mlflow.pyfunc`; see `Scored` for what it says."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the model folder that was registered."""
@@ -37,13 +40,15 @@ class ServedDetector(PythonModel):
         model_input: a DataFrame with the column `content` (the bytes of a picture, NIfTI or DICOM
             file, as they are or in base64), or `path`, a file below the folder that the variable
             MEDSSL_SERVE_ROOT names where the model runs.
-        Returns a DataFrame of `COLUMNS` with the index of the input.
+        Returns a DataFrame of `COLUMNS`, of a classifier also `CLASS_COLUMNS`, with the index of
+            the input.
         """
+        columns = COLUMNS if self.scorer.classes is None else COLUMNS + CLASS_COLUMNS
         # None in every empty cell: NaN is no JSON
         rows = [
-            {**dict.fromkeys(COLUMNS), **self._row(row)} for row in model_input.to_dict("records")
+            {**dict.fromkeys(columns), **self._row(row)} for row in model_input.to_dict("records")
         ]
-        return pandas.DataFrame(rows, columns=COLUMNS, index=model_input.index, dtype=object)
+        return pandas.DataFrame(rows, columns=columns, index=model_input.index, dtype=object)
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
         from medssl.data.readers.errors import ReadError
@@ -72,13 +77,17 @@ class ServedDetector(PythonModel):
         else:
             raise ValueError("a row needs content (the bytes of a file) or path, got neither")
         scored = self.scorer.score([Sample(item="row", images={"image": image})])[0]
-        return {
+        told = {
             "score": scored.score,
             "p_value": scored.p_value,
             "threshold": scored.threshold,
             "anomalous": scored.anomalous,
             "status": "ok",
         }
+        if scored.class_scores is not None:
+            scores = json.dumps(scored.class_scores)
+            told |= {"predicted": scored.predicted, "class_scores": scores}
+        return told
 
 
 def _given(value: Any) -> bool:
@@ -107,4 +116,4 @@ def _below_root(path: str) -> Path:
     return file
 
 
-set_model(ServedDetector())
+set_model(ServedModel())

@@ -5,7 +5,7 @@ a normal image stays clean.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -70,11 +70,15 @@ class HeatScale:
         return asdict(self)
 
 
-def view(source: Image, values: Image, preprocessing: Preprocessing) -> View:
+def view(source: Image, values: Image | None, preprocessing: Preprocessing) -> View:
     """The picture, or the slice of a volume with the highest map value, ready to look at.
 
-    values: (1, *axes) map on the grid of `source`.
+    values: (1, *axes) map on the grid of `source`; without one a volume shows its middle slice.
     """
+    if values is None:
+        values = replace(
+            source, pixels=torch.full_like(source.pixels[:1], torch.nan), channels=("none",)
+        )
     low, high = _display_limits(source, preprocessing)
     plane = ""
     if source.axes == "DHW" and source.frame == "patient":
@@ -85,7 +89,8 @@ def view(source: Image, values: Image, preprocessing: Preprocessing) -> View:
     heat = torch.where(values.pixels[0].isnan(), -torch.inf, values.pixels[0])
     where = ""
     if source.axes == "DHW":
-        d = int(heat.amax((1, 2)).argmax())
+        highest = heat.amax((1, 2))
+        d = int(highest.argmax()) if highest.isfinite().any() else len(heat) // 2
         where = f"{plane}slice {d + 1} of {len(heat)}"
         pixels, heat = pixels[:, d], heat[d]
     size = _square(pixels.shape[-2:], source.spacing)

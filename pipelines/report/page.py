@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +31,7 @@ METRICS = {
 def write_overlays(out: Path, rows: Sequence[Row], model_folder: Path) -> None:
     """overlays/<item>.png for every scored item: the original, and beside it the coloured one.
 
+    An item without a map has the original alone.
     The views kept while scoring are removed at the end; done once, this does nothing.
     """
     from PIL import Image as Pillow
@@ -37,16 +39,16 @@ def write_overlays(out: Path, rows: Sequence[Row], model_folder: Path) -> None:
     views, done = out / "journal" / "views", out / "journal" / "overlays.json"
     if not done.is_file():
         calibration = read_calibration(model_folder)
-        items = [row["item"] for row in rows if row["status"] == "ok"]
+        mapped = {row["item"]: row["map_path"] is not None for row in rows if row["status"] == "ok"}
         scale = heat_scale(
-            (View.load(views / f"{item}.npz") for item in items),
+            (View.load(views / f"{item}.npz") for item in mapped),
             None if calibration is None else calibration.map_threshold,
         )
         where = {}
-        for item in items:
+        for item, has_map in mapped.items():
             one = View.load(views / f"{item}.npz")
             where[item] = one.where
-            picture = Pillow.fromarray(side_by_side(one, scale))
+            picture = Pillow.fromarray(side_by_side(one, scale) if has_map else one.picture)
             picture.save(out / "overlays" / f"{item}.png")
         write_whole(done, json.dumps({"scale": scale.to_dict(), "where": where}))
     shutil.rmtree(views, ignore_errors=True)
@@ -79,11 +81,16 @@ def write_report(
         (row for row in rows if row["status"] == "ok"), key=lambda row: -float(row["score"])
     )
     written = (out / "scores.parquet").stat().st_mtime
+    model = _model_facts(model_folder, rows)
     page = environment.get_template("template.html.j2").render(
         date=datetime.fromtimestamp(written).strftime("%d %B %Y, %H:%M"),
-        model=_model_facts(model_folder, rows),
+        model=model,
         counts=_counts(rows),
-        cases=[_case(row, rank, out, overlays["where"], labels) for rank, row in enumerate(scored)],
+        predicted=predicted_counts(rows),
+        cases=[
+            _case(row, rank, out, overlays["where"], labels, model["normal"])
+            for rank, row in enumerate(scored)
+        ],
         most_pictures=MOST_PICTURES,
         volumes=any(row["volume_mm3"] is not None for row in scored),
         problems=[row for row in rows if row["status"] != "ok"],
@@ -122,17 +129,35 @@ def histogram(scored: Sequence[Row], labels: Mapping[str, int | None]) -> dict[s
     }
 
 
+def predicted_counts(rows: Sequence[Row]) -> dict[str, int]:
+    """How many items a classifier gave each class, by name; empty of a detector."""
+    found = Counter(row["predicted"] for row in rows if row.get("predicted") is not None)
+    return dict(sorted(found.items()))
+
+
 def _case(
-    row: Row, rank: int, out: Path, where: Mapping[str, str], labels: Mapping[str, int | None]
+    row: Row,
+    rank: int,
+    out: Path,
+    where: Mapping[str, str],
+    labels: Mapping[str, int | None],
+    normal: str | None,
 ) -> dict[str, Any]:
-    """What the table shows of one scored item; the first by score come with a picture."""
-    verdict = {True: "anomalous", False: "normal", None: "no verdict"}[row["anomalous"]]
+    """What the table shows of one scored item; the first by score come with a picture.
+
+    normal: a classifier's normal class; each other class counts as anomalous.
+    """
+    kind = {True: "anomalous", False: "normal", None: "no verdict"}[row["anomalous"]]
+    if row.get("predicted") is not None and normal is not None:
+        kind = "normal" if row["predicted"] == normal else "anomalous"
     truth = {1: "anomalous", 0: "normal", None: ""}[labels.get(row["item"])]
     return {
         "item": row["item"],
         "score": row["score"],
         "p_value": row["p_value"],
-        "verdict": verdict,
+        "kind": kind,
+        "verdict": row.get("predicted") or kind,
+        "class_scores": row.get("class_scores"),
         "truth": truth,
         "modality": row["modality"],
         "regions": None if row["boxes"] is None else len(row["boxes"]),
@@ -155,13 +180,16 @@ def _inlined(file: Path) -> str:
 
 
 def _model_facts(model_folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
-    """What the page says of the model: kind, digest, card, domain and promise."""
+    """What the page says of the model: kind, classes, digest, card, domain and promise."""
     import yaml
 
     description = yaml.safe_load((model_folder / "model.yaml").read_text())
+    arguments = description["model"]["init_args"]
     card = model_folder / "card.md"
     return {
         "kind": _name(description["model"]),
+        "classes": arguments.get("classes"),
+        "normal": arguments.get("normal"),
         "digest": rows[0]["model"],
         "card": card.read_text() if card.is_file() else "",
         "calibration": read_calibration(model_folder),
@@ -170,8 +198,9 @@ def _model_facts(model_folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _name(description: Mapping[str, Any]) -> str:
-    """The detector's class, and the one it applies to slices: "Slicewise PatchCore"."""
-    inner = description["init_args"].get("detector")
+    """The model's class, and the one inside: "Slicewise PatchCore", "Classifier KNN"."""
+    inside = description["init_args"]
+    inner = inside.get("detector") or inside.get("probe")
     own = description["class_path"].rpartition(".")[2]
     return own if inner is None else f"{own} {_name(inner)}"
 
