@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
@@ -15,6 +16,7 @@ PACKAGES = (
     *("scikit-learn", "scikit-image", "pydicom", "highdicom", "nibabel", "pyarrow"),
     *("mlflow", "jsonargparse"),
 )
+_REFUSED = re.compile(r"[^\w. :/-]")
 
 
 def versions() -> dict[str, str]:
@@ -50,13 +52,13 @@ def described(value: Any) -> Any:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
+    """Nested settings under dotted names, of characters that MLflow takes in a name."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             found |= flat(value, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = value
+            found[_REFUSED.sub("_", f"{prefix}{name}")] = value
     return found
 
 

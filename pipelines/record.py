@@ -72,6 +72,15 @@ class Run:
         found = [RunTag(name, str(value)[:_LONGEST_VALUE]) for name, value in values.items()]
         self.client.log_batch(self.run_id, tags=found)
 
+    def child(self, name: str, params: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+        """A finished run below this one, for one of many results."""
+        tags = {"mlflow.user": "medssl", "mlflow.parentRunId": self.run_id}
+        info = self.client.create_run(self.experiment_id, tags=tags, run_name=name).info
+        below = Run(self.client, info.run_id, self.experiment_id)
+        below.params(params)
+        below.metrics(metrics)
+        self.client.set_terminated(info.run_id, "FINISHED")
+
     def artifact(self, path: Path) -> None:
         """Keep a file under its own name, or a folder's content; the job chose these names."""
         if path.is_dir():
@@ -97,6 +106,8 @@ def recorded(job: str, arguments: Mapping[str, Any]) -> Iterator[Run]:
 
     arguments: the job's own, objects included, such as `locals()` on its first line.
     """
+    import yaml
+
     client, experiment_id = _client()
     tags = {
         "mlflow.user": "medssl",
@@ -112,7 +123,7 @@ def recorded(job: str, arguments: Mapping[str, Any]) -> Iterator[Run]:
     try:
         config = {name: described(value) for name, value in arguments.items()}
         run.params(flat(config))
-        _log_config(run, config)
+        client.log_text(info.run_id, yaml.safe_dump(config, sort_keys=False), "config.yaml")
         yield run
     except BaseException as error:
         run.tags({"error": type(error).__name__})
@@ -380,16 +391,10 @@ def _signature() -> Any:
     told = [
         *(("double", "score"), ("double", "p_value"), ("double", "threshold")),
         *(("boolean", "anomalous"), ("string", "status"), ("string", "error")),
+        *(("string", "predicted"), ("string", "class_scores")),
     ]
     inputs, outputs = (
         Schema([ColSpec(kind, name, required=False) for kind, name in columns])
         for columns in (given, told)
     )
     return ModelSignature(inputs=inputs, outputs=outputs)
-
-
-def _log_config(run: Run, config: Mapping[str, Any]) -> None:
-    import yaml
-
-    text = yaml.safe_dump(dict(config), sort_keys=False)
-    run.client.log_text(run.run_id, text, "config.yaml")

@@ -117,3 +117,7 @@ def test_a_machine_without_git_has_no_commit(monkeypatch):
 
 def test_the_cpu_is_named_where_it_was_asked_for():
     assert device_name("cpu") == "cpu"
+
+
+def test_a_name_that_the_store_would_refuse_is_rewritten():
+    assert flat({"encoders": {"DINO, X-rays": {"seed": 1}}}) == {"encoders.DINO_ X-rays.seed": 1}
