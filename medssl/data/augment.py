@@ -102,7 +102,7 @@ def apply_gain(pixels: Tensor, gain: float, *, offset: float = 0.0) -> Tensor:
 
 def add_noise(pixels: Tensor, amount: float, generator: torch.Generator) -> Tensor:
     """Add independent Gaussian noise of `amount` standard deviations of the pixels."""
-    noise = torch.randn(pixels.shape, generator=generator, dtype=pixels.dtype)
+    noise = torch.randn(pixels.shape, generator=generator, dtype=pixels.dtype).to(pixels)
     return pixels + noise * (amount * torch.std(pixels, correction=0))
 
 
@@ -111,7 +111,7 @@ def blur(pixels: Tensor, sigma: float) -> Tensor:
     radius = max(1, math.ceil(_BLUR_REACH * sigma))
     offsets = torch.arange(-radius, radius + 1, dtype=pixels.dtype)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = kernel / kernel.sum()
+    kernel = (kernel / kernel.sum()).to(pixels)
     planes = F.pad(pixels[:, None], (radius, radius, radius, radius), mode="replicate")
     planes = F.conv2d(planes, kernel.reshape(1, 1, -1, 1))
     return F.conv2d(planes, kernel.reshape(1, 1, 1, -1))[:, 0]

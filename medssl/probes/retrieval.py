@@ -65,6 +65,8 @@ def recall_at(k: int, similarity: Tensor, relevant: Tensor) -> Tensor:
         )
     if not relevant.any(1).all():
         raise ValueError("some queries have no relevant candidate; leave them out")
+    if similarity.isnan().any():
+        raise ValueError("some similarities are NaN; look at the embeddings")
     best = similarity.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
     before = ((similarity >= best) & ~relevant).sum(1)  # others that come no later
     return (before < k).float()
