@@ -19,7 +19,7 @@ STRENGTHS = (1e4, 1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # of equals the f
 _FOLDS = 5
 _UNTOLD = 1.0  # scikit-learn's default
 _MAX_STEPS, _MAX_DIRECTIONS = 100, 1000  # of Newton's method, and in each of its steps
-_LEAST_GAIN = 1e-12  # of the loss, a sum over rows
+_LEAST_GAIN = 1e-9  # of the loss, a sum over rows
 
 
 class Logistic(Probe):
@@ -268,12 +268,12 @@ def _minimum(basis: Tensor, labels: Tensor, penalty: Tensor, start: Tensor) -> T
         gain = -float((gradient * step).sum())  # twice what a step of length 1 should gain
         if gain < _LEAST_GAIN:
             return point + step
-        length = 1.0
-        bound = loss + 1e-13 * abs(loss)  # the loss has no more digits
-        while evaluated(point + length * step)[1] > bound - 1e-4 * length * gain:
+        length, bound = 1.0, loss + 1e-13 * abs(loss)  # the loss has no more digits
+        trial, found = evaluated(point + step)
+        while found > bound - 1e-4 * length * gain:
             length /= 2
-        point = point + length * step
-        probability, loss = evaluated(point)
+            trial, found = evaluated(point + length * step)
+        point, probability, loss = point + length * step, trial, found
     raise RuntimeError(
         f"logistic regression did not converge in {_MAX_STEPS} steps; give a larger strength"
     )
