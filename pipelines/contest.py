@@ -113,7 +113,7 @@ def scores_of(asked: Asked, features: Tensor, design: Design) -> dict[str, Tenso
                 scores = fitted.scores(features[asked.test])
                 missing = len(asked.classes) - scores.shape[1]  # classes after the last one shown
                 padded = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
-                found[f"{name}/{share:g}/{draw}"] = padded.float()
+                found[f"{name}/{share:g}/{draw}"] = padded.contiguous()
     return found
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from medssl.objectives.losses import entropy
 
 _UNIFORM = 0.97  # of ln K: a healthy run stays below, a uniform teacher above
-_CONCENTRATED = 0.25  # of the most the entropy of the mean can be; healthy runs pass 0.4 early on
+_CONCENTRATED = 0.1  # of the most the entropy of the mean can be; healthy runs dip to 0.2 early on
 _CONSTANT = 0.02  # spread of embeddings of unit length; 1 where they point everywhere evenly
 
 

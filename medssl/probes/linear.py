@@ -18,7 +18,7 @@ from medssl.probes.base import Probe
 STRENGTHS = (1e4, 1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # of equals the first is taken
 _FOLDS = 5
 _UNTOLD = 1.0  # scikit-learn's default
-_MAX_STEPS, _MAX_DIRECTIONS = 100, 1000  # of Newton's method, and in each of its steps
+_MAX_STEPS, _MAX_DIRECTIONS = 1000, 1000  # of Newton's method, and in each of its steps
 _LEAST_GAIN = 1e-9  # of the loss, a sum over rows
 
 

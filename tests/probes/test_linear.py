@@ -59,6 +59,17 @@ def test_more_columns_than_rows_have_the_solution_of_scikit_learn():
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
 
 
+def test_heavy_tails_have_the_solution_of_scikit_learn():
+    """Steps of full length, as Newton's method takes them, do not converge here."""
+    generator = torch.Generator().manual_seed(80)
+    features = torch.randn(107, 29, generator=generator, dtype=torch.float64) ** 9
+    labels = torch.randint(8, (107,), generator=generator)
+    ours = Logistic(strength=0.01).fit(features, labels).scores(features)
+    reference = of_scikit_learn("standard", 0.01).fit(features.numpy(), labels.numpy())
+    expected = torch.from_numpy(reference.predict_proba(features.numpy()))
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+
+
 def test_a_column_that_is_constant_but_for_rounding_says_nothing():
     features, labels = data(30, 3)
     column = torch.full((30, 1), 1000.0)

@@ -169,8 +169,8 @@ def statistics(**changes: float) -> dict[str, float]:
     [
         ({}, None),
         ({"loss": 0.0, "teacher_entropy": 0.0, "entropy_of_mean": 0.0}, "collapsed: the teacher"),
-        ({"loss": 1.1, "teacher_entropy": 1.0, "entropy_of_mean": 1.05}, "collapsed: the teacher"),
-        ({"loss": 2.3, "teacher_entropy": 1.6, "entropy_of_mean": 2.2}, None),
+        ({"loss": 0.5, "teacher_entropy": 0.4, "entropy_of_mean": 0.5}, "collapsed: the teacher"),
+        ({"loss": 1.2, "teacher_entropy": 1.0, "entropy_of_mean": 1.1}, None),
         ({"feature_spread": 0.001}, "collapsed: the encoder"),
         (
             {"loss": math.log(256), "teacher_entropy": 5.54, "entropy_of_mean": 5.545},
