@@ -216,8 +216,9 @@ def test_the_digest_is_of_class_arguments_and_every_number():
     assert encoder_digest(other_arguments) != original
 
 
-def slowly(folder: str) -> None:
+def slowly(folder: str, threads: str) -> None:
     """What is killed: a pass that prints the size of each batch when it begins."""
+    torch.set_num_threads(int(threads))  # bits are equal for one number of threads
     encoder = network()
 
     def tell(module, inputs):
@@ -228,13 +229,14 @@ def slowly(folder: str) -> None:
     FeatureStore(Path(folder)).features(encoder, pictures(41), batch_size=3)
 
 
-CHILD = "import runpy, sys; runpy.run_path(sys.argv[1])['slowly'](sys.argv[2])"
+CHILD = "import runpy, sys; runpy.run_path(sys.argv[1])['slowly'](*sys.argv[2:])"
 
 
 def test_a_pass_killed_at_any_moment_goes_on_bit_for_bit_and_reads_one_batch_again(tmp_path):
     samples, encoder = pictures(41), network()
     undisturbed = FeatureStore(tmp_path / "whole").features(encoder, samples, batch_size=3)
-    command, begun = [sys.executable, "-c", CHILD, __file__, str(tmp_path / "killed")], []
+    told = [__file__, str(tmp_path / "killed"), str(torch.get_num_threads())]
+    command, begun = [sys.executable, "-c", CHILD, *told], []
     kill_at = random.randint(1, 8)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
