@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from medssl import distributed
+from medssl.models.layout import channels_last
 from medssl.models.timm_encoder import TimmEncoder
 from medssl.objectives.joint_embedding.dino import DINO
 from medssl.training import TrainingPlan, _Loop, split_by_decay
@@ -66,9 +67,9 @@ def main() -> None:
 def objective(network: str, size: int) -> DINO:
     torch.manual_seed(0)
     encoder = TimmEncoder(network, in_channels=1)
-    return DINO(
-        encoder, prototypes=1024, global_size=size, local_crops=4, local_size=size // 2
-    ).train()
+    found = DINO(encoder, prototypes=1024, global_size=size, local_crops=4, local_size=size // 2)
+    channels_last(found)  # as `train` lays it out
+    return found.train()
 
 
 def batch_of(size: int, side: int) -> dict[str, Tensor]:
@@ -81,7 +82,6 @@ def batch_of(size: int, side: int) -> dict[str, Tensor]:
 
 
 def written_out(dino: DINO, plan: TrainingPlan, views: dict[str, Tensor]) -> Callable[[], object]:
-    dino.to(memory_format=torch.channels_last)
     groups = split_by_decay(dino)
     for group in groups:
         group["weight_decay"] = 0.04 if group.pop("decay", True) else 0.0
