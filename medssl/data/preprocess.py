@@ -23,7 +23,8 @@ _PERCENTILES = (0.005, 0.995)
 class Preprocessing:
     """What every image goes through before a network; saved with each model.
 
-    size: (H, W) in pixels after resizing with antialiasing; the aspect ratio is not kept.
+    size: (H, W) in pixels after resizing with antialiasing; the aspect ratio is not kept. Of
+        volumes (D, H, W) too, for networks that take whole ones; with two sides D stays.
     intensity: "window" clips `window_hu` (CT); "range" divides by what the source can hold (8- and
         16-bit pictures, normals); "percentile" stretches the 0.5th to the 99.5th percentile of the
         valid pixels (float pictures); "foreground" does so with those of the body alone (MR, PET;
@@ -45,7 +46,7 @@ class Preprocessing:
         `medssl.data.region`).
     """
 
-    size: tuple[int, int]
+    size: tuple[int, int] | tuple[int, int, int]
     intensity: Literal["window", "range", "percentile", "foreground", "depth"]
     window_hu: tuple[float, float] | str | None = None
     channels: int | None = None
@@ -57,6 +58,8 @@ class Preprocessing:
     slab_mm: float | None = None
 
     def __post_init__(self) -> None:
+        if len(self.size) not in (2, 3):
+            raise ValueError(f"size is (H, W), or (D, H, W) of volumes, got {self.size}")
         if self.slab < 1 or self.slab % 2 == 0:
             raise ValueError(f"slab is 1, 3, 5 ... slices, got {self.slab}")
         if (self.intensity == "window") != (self.window_hu is not None):

@@ -91,6 +91,29 @@ def test_resizing_agrees_with_pillows_antialiased_bilinear():
     np.testing.assert_allclose(ours.numpy(), theirs, atol=0.1)
 
 
+def test_three_sides_resize_the_slices_of_a_volume_too():
+    ramp = torch.arange(8.0).reshape(1, 8, 1, 1).expand(1, 8, 4, 6)
+    volume = replace(image(torch.zeros(1, 4, 6)), pixels=ramp, axes="DHW", value_range=(0, 1))
+    prepare = Preprocessing(size=(4, 2, 3), intensity="range", mean=(0.0,), std=(0.125,))
+    halved = prepare(replace(volume, pixels=ramp / 8))
+    assert halved.spatial_shape == (4, 2, 3)
+    middle = halved.pixels[0, 1:3, 0, 0]
+    torch.testing.assert_close(middle, torch.tensor([2.5, 4.5]))  # 2.5 and 4.5 of 0 to 7
+    assert halved.affine[0, 0] == 2 * volume.affine[0, 0]
+    with pytest.raises(ValueError, match="size must be"):
+        prepare(image(torch.zeros(1, 4, 6)))
+
+
+def test_a_config_gives_two_sides_or_three(tmp_path):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--preprocessing", type=Preprocessing)
+    for text, size in (("[8, 9]", (8, 9)), ("[4, 8, 9]", (4, 8, 9))):
+        arguments = ["--preprocessing.size", text, "--preprocessing.intensity", "range"]
+        assert parser.instantiate(parser.parse_args(arguments)).preprocessing.size == size
+    with pytest.raises(ValueError, match="size is"):
+        Preprocessing(size=(4, 4, 4, 4), intensity="range")
+
+
 def test_one_mean_per_channel_or_one_for_all():
     two = Preprocessing(size=(2, 2), intensity="range", mean=(0.1, 0.2), std=(1.0, 1.0))
     with pytest.raises(ValueError, match="2 means for an image of 3 channels"):
