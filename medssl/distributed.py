@@ -43,6 +43,17 @@ def started(device: str, precision: str, *, sharded: bool = False) -> Any:
     return fabric
 
 
+def join() -> None:
+    """Make one group of the processes that torchrun has started; alone, or in one, do nothing.
+
+    For work that `started` does not begin. Tensors on GPUs go by NCCL, others by gloo.
+    """
+    if processes() > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
 def gathered(rows: Tensor) -> Tensor:
     """The rows of all processes, (B, ...) -> (P B, ...), in the order of their numbers.
 
@@ -52,6 +63,38 @@ def gathered(rows: Tensor) -> Tensor:
     if not _together():
         return rows
     return _Gather.apply(rows)
+
+
+def gathered_unequal(rows: Tensor, *, into: Tensor | None = None) -> Tensor:
+    """As `gathered` of a tensor whose number of rows differs from process to process; no gradient.
+
+    rows: (n, ...), n of this process, 0 to any; the rest of the shape is everybody's.
+    into: (at least the sum of all n, ...) where the rows are put, such as a mapped file; from its
+        beginning. It may not share memory with `rows`.
+    """
+    if not _together():
+        return rows if into is None else into[: len(rows)].copy_(rows)
+    counts = gathered(torch.tensor([len(rows)], device=rows.device)).tolist()
+    if into is None:
+        into = rows.new_empty(sum(counts), *rows.shape[1:])
+    start = 0
+    for source, count in enumerate(counts):
+        part = into[start : start + count]
+        if source == dist.get_rank():
+            part.copy_(rows)
+        if count:
+            dist.broadcast(part, source)
+        start += count
+    return into[:start]
+
+
+def gathered_lists(values: list[Any]) -> list[Any]:
+    """The plain values of all processes, one list after the other in the order of their numbers."""
+    if not _together():
+        return values
+    parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
 
 
 def own_rows(everybodys: Tensor) -> slice:

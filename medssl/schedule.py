@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Clock:
     """How far a training is; every schedule is a function of `progress`.
 
@@ -23,7 +23,7 @@ class Clock:
         return self.samples_seen / self.total_samples
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
     """How long and how fast; every length is in samples seen.
 

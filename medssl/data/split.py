@@ -2,11 +2,25 @@
 
 import random
 from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
-from medssl.data.manifest import Item
+
+class Grouped(Protocol):
+    """What a split looks at: an item of a manifest, or a sample."""
+
+    @property
+    def item(self) -> str:
+        """Its id."""
+
+    @property
+    def group(self) -> str | None:
+        """Salted patient or part."""
 
 
-def split_by_group(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
+Kind = TypeVar("Kind", bound=Grouped)
+
+
+def split_by_group(items: Sequence[Kind], share: float, seed: int) -> tuple[list[Kind], list[Kind]]:
     """Hold out a share of the items, whole groups at a time: (the rest, the held-out).
 
     share: of the items, in (0, 1); met as closely as groups taken in random order allow. Both
@@ -36,7 +50,7 @@ def split_by_group(items: Sequence[Item], share: float, seed: int) -> tuple[list
     )
 
 
-def folds_by_group(items: Sequence[Item], k: int, seed: int) -> list[list[Item]]:
+def folds_by_group(items: Sequence[Kind], k: int, seed: int) -> list[list[Kind]]:
     """Cut items into k folds of about equal size, whole groups at a time.
 
     The largest groups are dealt first, each to the smallest fold; equals in random order. Raises
@@ -56,12 +70,12 @@ def folds_by_group(items: Sequence[Item], k: int, seed: int) -> list[list[Item]]
     return [[item for item in items if fold_of[_group(item)] == fold] for fold in range(k)]
 
 
-def _group(item: Item) -> str:
+def _group(item: Grouped) -> str:
     """An item without a group is a group of its own."""
     return f"group {item.group}" if item.group is not None else f"item {item.item}"
 
 
-def _shuffled_groups(items: Sequence[Item], seed: int) -> list[tuple[str, int]]:
+def _shuffled_groups(items: Sequence[Grouped], seed: int) -> list[tuple[str, int]]:
     """Each group with its number of items, in an order that only `items` and the seed decide."""
     sizes: dict[str, int] = {}
     for item in items:

@@ -27,6 +27,9 @@ class Encoder(nn.Module):
     born_from: ClassVar[frozenset[str]] = frozenset()
     """Constructor arguments that only matter at birth (a weight file) and are never saved."""
 
+    axes: ClassVar[str] = "HW"
+    """Axes of the images it takes; "DHW" where they are volumes."""
+
     network: nn.Module
     in_channels: int
     embedding_dim: int
@@ -63,8 +66,8 @@ class Encoder(nn.Module):
         return [self._as_grid(found[name], images) for name in layers]
 
     def selftest_shape(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Of the noise of the self-test, for pictures of `size` (H, W)."""
-        return (2, self.in_channels, *size)
+        """Of the noise of the self-test, for pictures of `size` (H, W) or slices of (D, H, W)."""
+        return (2, self.in_channels, *size[-2:])
 
     def selftest(self, noise: Tensor) -> Tensor:
         """What `load_model` compares: the embeddings (B, E) of a noise batch."""

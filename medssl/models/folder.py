@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -162,7 +162,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 
-def build(description: Mapping[str, Any], *, trust: Sequence[str] = TRUSTED) -> nn.Module:
+def build(description: Mapping[str, Any], *, trust: Sequence[str] = TRUSTED) -> Any:
     """The inverse of `describe`, importing only from the trusted packages."""
     class_path = str(description["class_path"])
     package = class_path.split(".")[0]
@@ -176,13 +176,17 @@ def build(description: Mapping[str, Any], *, trust: Sequence[str] = TRUSTED) -> 
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ModelFolderError(f"this version has no {class_path}") from error
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise ModelFolderError(f"{class_path} is not a model")
-    arguments = {
-        key: build(value, trust=trust) if _is_description(value) else value
-        for key, value in description["init_args"].items()
-    }
+    if not (isinstance(kind, type) and (issubclass(kind, nn.Module) or is_dataclass(kind))):
+        raise ModelFolderError(f"{class_path} is neither a model nor a record of its settings")
+    arguments = {key: _built(value, trust) for key, value in description["init_args"].items()}
     return kind(**arguments)
+
+
+def _built(value: Any, trust: Sequence[str]) -> Any:
+    """An argument with the models and records that it holds."""
+    if _is_description(value):
+        return build(value, trust=trust)
+    return [_built(entry, trust) for entry in value] if isinstance(value, list) else value
 
 
 def digest(path: Path) -> str:
@@ -202,7 +206,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, nn.Module):
         return describe(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
+        kind = type(value)
+        settings = {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
+        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": settings}
     if isinstance(value, (list, tuple)):
         return [_plain(entry) for entry in value]
     if isinstance(value, Mapping):

@@ -25,6 +25,7 @@ class MONAIEncoder(Encoder):
     """
 
     born_from: ClassVar[frozenset[str]] = frozenset({"weights"})
+    axes: ClassVar[str] = "DHW"
     network: Any
 
     def __init__(

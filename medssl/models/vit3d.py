@@ -35,6 +35,7 @@ class ViT3DEncoder(Encoder):
     """
 
     born_from: ClassVar[frozenset[str]] = frozenset({"weights"})
+    axes: ClassVar[str] = "DHW"
     network: "_ViT3D"
 
     def __init__(

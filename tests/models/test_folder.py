@@ -136,7 +136,7 @@ def test_only_trusted_packages_are_imported(saved, class_path):
 
 
 def test_a_function_of_a_trusted_package_is_not_a_model():
-    with pytest.raises(ModelFolderError, match="is not a model"):
+    with pytest.raises(ModelFolderError, match="is neither a model nor a record"):
         build({"class_path": "medssl.models.weights.load_weights", "init_args": {}})
 
 
