@@ -1,20 +1,33 @@
 """How well maps find defects and lesions, pixel by pixel, on raw scores."""
 
 from collections.abc import Iterable, Sequence
-from functools import partial
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from medssl.metrics import Interval, OneClassError, interval
+from anomaly.pixel_bins import ItemPixels, scores_of
+from anomaly.pixel_bins import lesions as lesions
+from anomaly.streaming import (
+    FPR_LIMITS,
+    CountedPixels,
+    area,
+    aupro_name,
+    check_both_kinds,
+    check_limit,
+)
+from medssl.metrics import Interval
 
-_BINS = 4096  # of equal shares of the normal pixels, for bootstrap draws only
+_MISSED = -np.inf
 
 
 def pixel_auroc(maps: Iterable[Tensor], masks: Iterable[Tensor | None]) -> float:
     """Chance that an anomalous pixel scores above a normal one; see `PixelScores`."""
     return PixelScores(maps, masks).auroc()
+
+
+def pixel_average_precision(maps: Iterable[Tensor], masks: Iterable[Tensor | None]) -> float:
+    """Mean precision over the anomalous pixels; see `PixelScores`."""
+    return PixelScores(maps, masks).average_precision()
 
 
 def aupro(maps: Iterable[Tensor], masks: Iterable[Tensor | None], fpr_limit: float = 0.3) -> float:
@@ -25,6 +38,8 @@ def aupro(maps: Iterable[Tensor], masks: Iterable[Tensor | None], fpr_limit: flo
 class PixelScores:
     """The pixels of all test items, sorted once; every normal pixel counts, of whichever item.
 
+    Takes some 10 bytes per pixel; `anomaly.streaming.StreamingPixelScores` takes none.
+
     maps: one of any spatial shape per item, larger is more anomalous. A normal pixel that is NaN is
         left out; an anomalous one was not looked at, and counts as missed at every threshold.
     masks: of the same shapes, non-zero on the defect; None for an item without one.
@@ -32,27 +47,28 @@ class PixelScores:
     """
 
     def __init__(self, maps: Iterable[Tensor], masks: Iterable[Tensor | None]) -> None:
-        pairs = [_split(*pair) for pair in zip(maps, masks, strict=True)]
-        self.normal = [normal for normal, _, _ in pairs]  # sorted, per item
-        self.defect = np.concatenate([defect for _, defect, _ in pairs])
-        self.share = np.concatenate([share for _, _, share in pairs])  # 1 / size of its lesion
-        self.owner = np.repeat(np.arange(len(pairs)), [len(defect) for _, defect, _ in pairs])
-        every = np.sort(np.concatenate(self.normal))
-        if len(self.defect) == 0 or len(every) == 0:
-            raise OneClassError(
-                f"pixel metrics need both kinds, got {len(self.defect)} anomalous and "
-                f"{len(every)} normal pixels with a score"
-            )
-        order = np.argsort(self.defect)  # searching in order stays in the cache
-        self.above = np.empty(len(order))  # share of the normal pixels above each anomalous one
-        self.reached = np.empty(len(order))  # ... above it or equal
-        self.above[order] = 1 - every.searchsorted(self.defect[order], "right") / len(every)
-        self.reached[order] = 1 - every.searchsorted(self.defect[order], "left") / len(every)
-        self.edges = np.unique(every[:: max(1, len(every) // _BINS)])
+        self.items = [ItemPixels.of(*pair) for pair in zip(maps, masks, strict=True)]
+        defect = np.concatenate([item.defect for item in self.items])
+        every = np.sort(np.concatenate([item.normal for item in self.items]))
+        check_both_kinds(len(defect), len(every))
+        order = np.argsort(defect)[::-1]  # searching in order stays in the cache
+        defect = defect[order]
+        self.normal = every
+        self.share = np.concatenate([item.share for item in self.items])[order]
+        self.missed = scores_of(defect) == _MISSED
+        self.found = len(defect) - defect[::-1].searchsorted(defect, "left")  # at or above each
+        self.false = len(every) - every.searchsorted(defect, "left")  # normal ones at or above
+        self.reached = self.false / len(every)
+        self.above = 1 - every.searchsorted(defect, "right") / len(every)
 
     def auroc(self) -> float:
         """Area under the pixels' ROC curve, ties counting half."""
-        return float(_area(self.above, self.reached, 1.0).mean())
+        return float(area(self.above, self.reached, 1.0).mean())
+
+    def average_precision(self) -> float:
+        """Mean, over the anomalous pixels, of the precision at the score of each; 0 if missed."""
+        precision = self.found / (self.found + self.false)
+        return float(np.where(self.missed, 0, precision).mean())
 
     def aupro(self, fpr_limit: float = 0.3) -> float:
         """Area under the per-region overlap curve up to `fpr_limit`, divided by it.
@@ -61,93 +77,36 @@ class PixelScores:
         counts), of the share of the lesion found (Bergmann et al., IJCV 2021). Every distinct
         score is a threshold, and the curve is linear between them, also at the limit.
         """
-        _check_limit(fpr_limit)
-        return float(np.average(_area(self.above, self.reached, fpr_limit), weights=self.share))
+        check_limit(fpr_limit)
+        return float(np.average(area(self.above, self.reached, fpr_limit), weights=self.share))
+
+    def best_pooled_dice(self) -> float:
+        """The largest Dice (which is F1) of all pixels together; an oracle, masks choose it."""
+        dice = 2 * self.found / (self.found + self.false + len(self.found))
+        return float(np.where(self.missed, 0, dice).max())
+
+    def level(self, fpr: float) -> float:
+        """The lowest score that at most this share of the normal pixels lies above."""
+        place = len(self.normal) - 1 - int(fpr * len(self.normal))
+        return float(scores_of(self.normal[max(place, 0)]))
 
     def intervals(
-        self,
-        groups: Sequence[str | None],
-        *,
-        fpr_limit: float = 0.3,
-        repeats: int = 1000,
-        seed: int = 0,
+        self, groups: Sequence[str | None], *, repeats: int = 1000, seed: int = 0
     ) -> dict[str, Interval]:
-        """`pixel_auroc` and `aupro` with bootstrap intervals by group.
+        """Every pixel metric with its bootstrap interval by group, as `Curves.all` names them.
 
         groups: patient or part of each item; an item without one is its own.
-        The values are exact. In the draws, normal pixels are counted in bins of equal share, and
-        scores within a bin tie, which moves a draw by less than 0.001.
+        The values are exact, but for `dice_oracle`, whose thresholds are the edges of bins. In the
+        draws, pixels are counted in bins, as `StreamingPixelScores` does.
         """
-        _check_limit(fpr_limit)
-        if len(groups) != len(self.normal):
-            raise ValueError(f"one group per item: got {len(groups)} for {len(self.normal)} items")
-        normal = np.stack([self._histogram(scores) for scores in self.normal])  # (S, bins)
-        found = {}
-        for name, value, weights, limit in (
-            ("pixel_auroc", self.auroc(), np.ones_like(self.share), 1.0),
-            ("aupro", self.aupro(fpr_limit), self.share, fpr_limit),
-        ):
-            defect = np.zeros_like(normal)
-            np.add.at(defect, (self.owner, self.edges.searchsorted(self.defect, "right")), weights)
-            found[name] = interval(
-                value,
-                partial(_drawn_area, normal, defect, limit),
-                groups=groups,
-                repeats=repeats,
-                seed=seed,
-            )
-        return found
+        exact = {
+            "pixel_auroc": self.auroc(),
+            "pixel_average_precision": self.average_precision(),
+            **{aupro_name(limit): self.aupro(limit) for limit in FPR_LIMITS},
+            "dice_pooled_oracle": self.best_pooled_dice(),
+        }
+        return self.counted().intervals(exact, groups, repeats=repeats, seed=seed)
 
-    def _histogram(self, scores: Any) -> Any:
-        """How many of the sorted scores lie in each bin, (bins,)."""
-        below = scores.searchsorted(self.edges, "left")
-        return np.diff(below, prepend=0, append=len(scores)).astype(float)
-
-
-def lesions(mask: Any) -> tuple[Any, int]:
-    """Number the connected parts of a bool array, 1 to n, 0 outside; touching by corners counts."""
-    from scipy.ndimage import label
-
-    return label(mask, structure=np.ones((3,) * mask.ndim))
-
-
-def _split(scores: Tensor, mask: Tensor | None) -> tuple[Any, Any, Any]:
-    """Sorted normal scores, anomalous scores, and 1 / size of the lesion of each of those."""
-    if mask is not None and mask.shape != scores.shape:
-        raise ValueError(
-            f"a mask must lie on its map's grid: got {tuple(mask.shape)} for {tuple(scores.shape)}"
-        )
-    values = scores.float().cpu().numpy()
-    known = ~np.isnan(values)
-    if mask is None:
-        return np.sort(values[known]), values[:0].ravel(), np.zeros(0)
-    anomalous = mask.cpu().numpy() != 0
-    owner = lesions(anomalous)[0][anomalous]
-    found = np.where(known, values, -np.inf)[anomalous]
-    return np.sort(values[known & ~anomalous]), found, 1 / np.bincount(owner)[owner]
-
-
-def _area(above: Any, reached: Any, limit: float) -> Any:
-    """What each anomalous pixel adds to the area up to a false-positive rate, divided by it.
-
-    The curve rises linearly while the rate goes from `above` to `reached`, both in [0, 1].
-    """
-    width = np.maximum(reached - above, 1e-300)
-    risen = np.clip((limit - above) / width, 0, 1)  # share of the rise before the limit
-    end = above + risen * (reached - above)
-    return (risen * (end - above) / 2 + np.maximum(limit - end, 0)) / limit
-
-
-def _drawn_area(normal: Any, defect: Any, limit: float, counts: Tensor) -> float:
-    """The area from weights (S, bins) per item, ascending, with each item `counts` (S,) times."""
-    normal, defect = counts.numpy() @ normal, counts.numpy() @ defect
-    if normal.sum() == 0 or defect.sum() == 0:
-        raise OneClassError("a draw without normal or without anomalous pixels")
-    reached = normal[::-1].cumsum()[::-1] / normal.sum()
-    above = np.append(reached[1:], 0.0)
-    return float(np.average(_area(above, reached, limit), weights=defect))
-
-
-def _check_limit(fpr_limit: float) -> None:
-    if not 0 < fpr_limit <= 1:
-        raise ValueError(f"fpr_limit must lie in (0, 1], got {fpr_limit}")
+    def counted(self) -> CountedPixels:
+        """The same pixels in bins."""
+        return CountedPixels(self.items)

@@ -1,6 +1,6 @@
 """How well scores tell normal from anomalous, with bootstrap intervals."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _CONFIDENCE = 0.95
+_CHUNK = 50  # draws measured at once
 
 
 class OneClassError(ValueError):
@@ -24,6 +25,25 @@ class Interval:
     high: float
 
     def to_dict(self) -> dict[str, float]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A metric of two detectors on the same items, in the same draws.
+
+    a, b: its values. difference: a - b, with its interval.
+    a_larger: share of the draws in which a is larger, ties counting half. Where larger is better,
+        that is how often a wins; it is no p-value.
+    """
+
+    a: float
+    b: float
+    difference: Interval
+    a_larger: float
+
+    def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
 
@@ -44,6 +64,31 @@ def average_precision(scores: Tensor, labels: Tensor) -> float:
     from sklearn.metrics import average_precision_score
 
     return float(average_precision_score(*_checked(scores, labels)))
+
+
+def f1_max(scores: Tensor, labels: Tensor) -> float:
+    """Largest F1 of all thresholds; an oracle, for these labels choose the threshold.
+
+    See `auroc` for the arguments.
+    """
+    known, values = _checked(scores, labels)
+    order = np.argsort(-values, kind="stable")
+    found = known[order].cumsum()
+    above = np.arange(1, len(order) + 1)
+    last = np.append(np.diff(values[order]) != 0, True)  # of equal scores
+    return float((2 * found / (above + known.sum()))[last].max())
+
+
+def f1(above: Tensor, labels: Tensor) -> float:
+    """Harmonic mean of precision and recall; 0 where nothing anomalous is above the threshold.
+
+    above: (S,) bool; labels: (S,), 0 normal, 1 anomalous.
+    Raises OneClassError where nothing is anomalous.
+    """
+    anomalous = labels == 1
+    if not anomalous.any():
+        raise OneClassError("F1 needs an anomalous item")
+    return float(2 * (above & anomalous).sum() / (above.sum() + anomalous.sum()))
 
 
 def auroc_of_draws(scores: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
@@ -91,6 +136,40 @@ def bootstrap(
     return interval(value, draw, groups=groups, repeats=repeats, seed=seed)
 
 
+def paired_bootstrap(
+    metric: Callable[[Tensor, Tensor], float],
+    scores_a: Tensor,
+    scores_b: Tensor,
+    labels: Tensor,
+    groups: Sequence[str | None],
+    *,
+    repeats: int = 1000,
+    seed: int = 0,
+) -> Difference:
+    """How far apart two detectors are on the same items; both are measured in the same draws.
+
+    metric: of scores (S, ...) and labels (S,).
+    scores_a, scores_b: (S, ...), row i of each belonging to item i.
+    groups: patient or part of each item; an item without one is its own.
+    """
+
+    def draw(counts: Tensor) -> Any:
+        rows = torch.arange(len(counts)).repeat_interleave(counts)
+        return np.array([metric(scores[rows], labels[rows]) for scores in (scores_a, scores_b)])
+
+    values = np.array([metric(scores, labels) for scores in (scores_a, scores_b)])
+    drawn = _collected(_one_by_one(draw), groups, repeats, seed)
+    return difference_of(values, drawn)
+
+
+def difference_of(values: Any, draws: Any) -> Difference:
+    """values: (2,), of a and of b; draws: (R, 2), the same in R draws."""
+    apart = draws[:, 0] - draws[:, 1]
+    larger = (apart > 0).mean() + (apart == 0).mean() / 2
+    a, b = map(float, values)
+    return Difference(a, b, _central(a - b, apart), float(larger))
+
+
 def interval(
     value: float,
     draw: Callable[[Tensor], float],
@@ -103,23 +182,74 @@ def interval(
 
     draw: takes how often each item was drawn, (S,) int64; its OneClassError asks for another draw.
     """
-    found: list[float] = []
+    found = _collected(_one_by_one(draw), groups, repeats, seed)
+    return _central(value, found[:, 0])
+
+
+def intervals(
+    values: Mapping[str, float],
+    draw: Callable[[Tensor], Any],
+    *,
+    groups: Sequence[str | None],
+    repeats: int,
+    seed: int,
+) -> dict[str, Interval]:
+    """`interval` for several metrics and many draws at once.
+
+    draw: takes how often each of R draws holds each item, (R, S) int64, and gives (R, M), the
+        metrics in the order of `values`; a row with NaN asks for another draw.
+    """
+    found = drawn(draw, groups=groups, repeats=repeats, seed=seed)
+    return {
+        name: _central(value, found[:, place]) for place, (name, value) in enumerate(values.items())
+    }
+
+
+def drawn(
+    draw: Callable[[Tensor], Any], *, groups: Sequence[str | None], repeats: int, seed: int
+) -> Any:
+    """The metrics of `repeats` draws, (repeats, M) float64; see `intervals`."""
+    return _collected(draw, groups, repeats, seed, chunk=_CHUNK)
+
+
+def _collected(
+    draw: Callable[[Tensor], Any],
+    groups: Sequence[str | None],
+    repeats: int,
+    seed: int,
+    chunk: int = 1,
+) -> Any:
+    """(repeats, M) of what `draw` makes of draws (chunk, S), without the rows that hold NaN."""
+    found: list[Any] = []
     tries = 0
-    for counts in _resampled(groups, seed):
-        tries += 1
-        if len(found) == repeats:
-            break
+    draws = _resampled(groups, seed)
+    while len(found) < repeats:
         if tries > 100 * repeats:
             raise OneClassError(
                 f"only {len(found)} of {tries} draws of groups held both classes; there are too "
                 "few groups for an interval"
             )
+        measured = draw(torch.stack([next(draws) for _ in range(chunk)]))
+        found += [row for row in measured if not np.isnan(row).any()]
+        tries += chunk
+    return np.stack(found[:repeats])
+
+
+def _one_by_one(draw: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """What measures one draw (S,) as what measures a stack of one; OneClassError becomes NaN."""
+
+    def measure(counts: Tensor) -> Any:
         try:
-            found.append(draw(counts))
+            return np.atleast_1d(draw(counts[0]))[None].astype(float)
         except OneClassError:
-            continue
+            return np.full((1, 1), np.nan)
+
+    return measure
+
+
+def _central(value: float, draws: Any) -> Interval:
     tail = (1 - _CONFIDENCE) / 2
-    low, high = np.quantile(found, [tail, 1 - tail])
+    low, high = np.quantile(draws, [tail, 1 - tail])
     return Interval(value, float(low), float(high))
 
 

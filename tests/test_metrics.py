@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import f1_score
 
 from medssl.metrics import (
     Interval,
@@ -12,6 +13,11 @@ from medssl.metrics import (
     average_precision,
     bootstrap,
     draws_of_groups,
+    f1,
+    f1_max,
+    interval,
+    intervals,
+    paired_bootstrap,
 )
 
 
@@ -108,3 +114,77 @@ def test_the_auroc_of_many_draws_is_that_of_each():
     one_class = torch.zeros(1, 30, dtype=torch.int64)
     one_class[0, 0] = 3
     assert auroc_of_draws(scores, labels, one_class).isnan().all()
+
+
+@pytest.mark.parametrize("levels", [1, 4, 1000])
+def test_f1_max_is_the_best_of_every_threshold(levels):
+    generator = torch.Generator().manual_seed(levels)
+    labels = (torch.rand(60, generator=generator) < 0.3).long()
+    scores = torch.randint(0, levels, (60,), generator=generator) + 0.3 * levels * labels
+    scores = scores.float()
+    every = [f1_score(labels, scores >= t) for t in scores.unique()]
+    assert f1_max(scores, labels) == pytest.approx(max(every))
+
+
+def test_f1_at_a_threshold_is_that_of_scikit_learn():
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    above = torch.tensor([True, False, True, True, False])
+    assert f1(above, labels) == pytest.approx(f1_score(labels, above))
+    assert f1(torch.zeros(5, dtype=torch.bool), labels) == 0
+    with pytest.raises(OneClassError, match="anomalous"):
+        f1(above[:2], labels[:2])
+
+
+def test_many_draws_at_once_give_the_intervals_of_one_by_one():
+    values = torch.randn(30, generator=torch.Generator().manual_seed(0)).double()
+
+    def two(counts: torch.Tensor) -> np.ndarray:
+        means = (counts * values).sum(1) / counts.sum(1)
+        first = torch.where(counts[:, 0] == 0, torch.nan, means)  # asks for another draw
+        return torch.stack([first, 2 * means], 1).numpy()
+
+    def one(counts: torch.Tensor) -> float:
+        if counts[0] == 0:
+            raise OneClassError("without the first")
+        return mean(values.repeat_interleave(counts))
+
+    setting = {"groups": [None] * 30, "repeats": 120, "seed": 3}
+    found = intervals({"mean": mean(values), "twice": 2 * mean(values)}, two, **setting)
+    alone = interval(mean(values), one, **setting)
+    for side in ("value", "low", "high"):
+        assert getattr(found["mean"], side) == pytest.approx(getattr(alone, side), abs=1e-12)
+        assert getattr(found["twice"], side) == pytest.approx(2 * getattr(alone, side), abs=1e-12)
+
+
+def mean_score(scores: torch.Tensor, labels: torch.Tensor) -> float:
+    return mean(scores)
+
+
+def test_a_constant_lead_is_certain_however_the_items_vary():
+    scores = 100 * torch.randn(40, generator=torch.Generator().manual_seed(0)).double()
+    labels = torch.zeros(40)
+    found = paired_bootstrap(mean_score, scores + 0.5, scores, labels, [None] * 40, repeats=200)
+    ahead = found.difference
+    assert (ahead.value, ahead.low, ahead.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert found.a_larger == 1.0
+    assert (found.a, found.b) == (mean(scores + 0.5), mean(scores))
+    back = paired_bootstrap(mean_score, scores, scores + 0.5, labels, [None] * 40, repeats=200)
+    assert back.a_larger == 0.0
+
+
+def test_the_interval_of_a_difference_is_that_of_the_normal_approximation():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(400, generator=generator).double() for _ in range(2))
+    found = paired_bootstrap(mean_score, a, b, torch.zeros(400), [None] * 400, repeats=4000)
+    error = 1.96 * float((a - b).std()) / math.sqrt(400)
+    assert found.difference.high - found.difference.value == pytest.approx(error, abs=0.015)
+    assert found.difference.value - found.difference.low == pytest.approx(error, abs=0.015)
+    z = float(found.difference.value) / (error / 1.96)
+    assert found.a_larger == pytest.approx((1 + math.erf(z / math.sqrt(2))) / 2, abs=0.03)
+
+
+def test_equal_detectors_share_the_draws():
+    scores, labels = torch.rand(30), torch.arange(30) % 2
+    found = paired_bootstrap(auroc, scores, scores, labels, [None] * 30, repeats=50)
+    assert found.a_larger == 0.5
+    assert found.to_dict()["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import label
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from anomaly.metrics import PixelScores, aupro, pixel_auroc
-from medssl.metrics import OneClassError
+from anomaly.metrics import PixelScores, aupro, pixel_auroc, pixel_average_precision
+from medssl.metrics import OneClassError, auroc
 
 
 def by_thresholds(maps: list[np.ndarray], masks: list[np.ndarray], limit: float) -> float:
@@ -106,22 +106,110 @@ def test_pictures_of_different_sizes_are_pooled():
     assert aupro(maps, masks) == pytest.approx(expected, abs=1e-9)
 
 
-def test_draws_from_bins_agree_with_the_exact_figures_of_the_drawn_items(monkeypatch):
+def test_draws_from_bins_agree_with_the_exact_figures_of_the_drawn_items():
     maps, masks = scene((60, 70), items=6)
-    seen: list[torch.Tensor] = []
-
-    def spy(value, draw, **_):
-        counts = torch.tensor([2, 0, 1, 1, 0, 2])
-        seen.append(torch.tensor(draw(counts)))
-        return value
-
-    monkeypatch.setattr("anomaly.metrics.interval", spy)
-    PixelScores(maps, masks).intervals([None] * 6)
-
     drawn = [0, 0, 2, 3, 5, 5]
     exact = PixelScores([maps[i] for i in drawn], [masks[i] for i in drawn])
-    assert float(seen[0]) == pytest.approx(exact.auroc(), abs=1e-3)
-    assert float(seen[1]) == pytest.approx(exact.aupro(), abs=1e-3)
+    counted = PixelScores(maps, masks).counted()
+    found = counted.curves(torch.tensor([[1, 1, 1, 1, 1, 1], [2, 0, 1, 1, 0, 2]])).all()
+    assert found["pixel_auroc"][1] == pytest.approx(exact.auroc(), abs=1e-3)
+    assert found["pixel_average_precision"][1] == pytest.approx(exact.average_precision(), abs=1e-3)
+    for name, limit in (("aupro", 0.3), ("aupro_0.05", 0.05), ("aupro_0.01", 0.01)):
+        assert found[name][1] == pytest.approx(exact.aupro(limit), abs=1e-3)
+    assert found["dice_pooled_oracle"][1] == pytest.approx(exact.best_pooled_dice(), abs=1e-3)
+
+
+@pytest.mark.parametrize("levels", [None, 3])
+def test_pixel_average_precision_is_that_of_scikit_learn(levels):
+    maps, masks = scene((40, 50), levels=levels)
+    maps[3][4:19] = torch.nan
+    scores, labels = torch.stack(maps), torch.stack(masks)
+    known = ~scores.isnan()
+    expected = average_precision_score(labels[known], scores[known])
+    assert pixel_average_precision(maps, masks) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_missed_pixel_has_no_precision_at_all():
+    maps = [torch.tensor([[3.0, torch.nan, 2, 1]])]
+    masks = [torch.tensor([[1, 1, 0, 0]])]
+    assert pixel_average_precision(maps, masks) == pytest.approx(1 / 2)  # of (1 + 0) / 2
+
+
+@pytest.mark.parametrize("levels", [None, 2])
+def test_the_best_dice_is_that_of_every_threshold(levels):
+    maps, masks = scene((19, 23), levels=levels)
+    scores, marked = torch.stack(maps), torch.stack(masks)
+    every = scores.unique()
+    pooled = [2 * ((scores >= t) & marked).sum() / ((scores >= t).sum() + marked.sum())
+              for t in every]  # fmt: skip
+    found = PixelScores(maps, masks).intervals([None] * 4, repeats=10)
+    assert found["dice_pooled_oracle"].value == pytest.approx(float(max(pooled)))
+    above = scores[:3] >= every[:, None, None, None]  # the last item has no lesion
+    both, sizes = (above & marked[:3]).sum((2, 3)), above.sum((2, 3)) + marked[:3].sum((1, 2))
+    best = (2 * both / sizes).mean(1).max()
+    assert found["dice_oracle"].value == pytest.approx(float(best), abs=1e-6)
+
+
+def test_the_level_is_exceeded_by_the_share_asked_for():
+    pixels = PixelScores([torch.arange(100.0)[None]], [torch.arange(100)[None] == 99])
+    assert pixels.level(0.0) == 98
+    assert pixels.level(0.1) == 89  # 9 of 99 normal pixels lie above, and 10 would be too many
+    tied = PixelScores([torch.tensor([[1.0, 2, 2, 2, 3]])], [torch.tensor([[0, 0, 0, 0, 1]])])
+    assert tied.level(0.5) == 2
+
+
+# What other code does to raw scores, beside what the figure really is.
+
+
+def test_raw_scores_beyond_the_reach_of_a_sigmoid_keep_their_order():
+    """A sigmoid in float32, which some AUROCs apply to scores outside [0, 1], is 1 from 17 on."""
+    scores, labels = torch.arange(20.0, 60.0), torch.arange(40) >= 20
+    saturated = scores.sigmoid()
+    assert roc_auc_score(labels, saturated) == 0.5
+    assert auroc(scores, labels.long()) == roc_auc_score(labels, scores) == 1.0
+    assert pixel_auroc([scores[None]], [labels[None]]) == 1.0
+
+
+def test_an_outlier_that_leaves_8_bits_one_level_for_the_rest_changes_nothing():
+    maps, masks = scene((40, 50))
+    maps[3][0, 0] = 5000.0
+    scores, labels = torch.stack(maps), torch.stack(masks)
+    low = scores.min()
+    stored = ((scores - low) / (scores.max() - low) * 255).round()
+    assert abs(roc_auc_score(labels.flatten(), stored.flatten()) - 0.5) < 0.01
+    expected = roc_auc_score(labels.flatten(), scores.flatten())
+    assert expected > 0.7
+    assert pixel_auroc(maps, masks) == pytest.approx(expected, abs=1e-9)
+    by_hand = by_thresholds([m.numpy() for m in maps], [m.numpy() for m in masks], 0.3)
+    assert aupro(maps, masks) == pytest.approx(by_hand, abs=1e-9)
+    assert abs(aupro(list(stored), masks) - by_hand) > 0.1
+
+
+def test_a_best_f1_of_21_thresholds_falls_short_of_that_of_all():
+    maps, masks = scene((40, 50))
+    maps = [scores.exp() for scores in maps]  # most of the range is empty
+    scores, labels = torch.stack(maps), torch.stack(masks)
+    scaled = (scores - scores.min()) / (scores.max() - scores.min())
+    coarse = max(
+        float(2 * ((scaled >= t) & labels).sum() / ((scaled >= t).sum() + labels.sum()))
+        for t in np.arange(0, 1.01, 0.05)
+    )
+    precision, recall, _ = precision_recall_curve(labels.flatten(), scores.flatten())
+    exact = (2 * precision * recall / np.maximum(precision + recall, 1e-12)).max()
+    assert PixelScores(maps, masks).best_pooled_dice() == pytest.approx(exact)
+    assert coarse < exact - 0.005
+
+
+def test_an_aupro_of_100_thresholds_misses_the_part_of_the_curve_that_counts():
+    maps, masks = scene((40, 50))
+    maps = [(2 * scores).exp() for scores in maps]
+    values, marked = [m.numpy() for m in maps], [m.numpy() for m in masks]
+    exact = by_thresholds(values, marked, 0.3)
+    thresholds = np.linspace(min(m.min() for m in values), max(m.max() for m in values), 100)
+    place = [np.searchsorted(thresholds, m, "right") for m in values]  # as if these were all scores
+    coarse = by_thresholds([p.astype(float) for p in place], marked, 0.3)
+    assert aupro(maps, masks) == pytest.approx(exact, abs=1e-9)
+    assert abs(coarse - exact) > 0.01
 
 
 def test_intervals_hold_the_exact_value_and_widen_when_groups_do():
