@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, cast
+from types import MappingProxyType
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from medssl.data.image import Frame, pixel_affine
 from medssl.data.modality import Modality
@@ -31,19 +33,28 @@ class NormalData:
 
     samples: indexable and sized; an item is read when it is asked for, and may be read again.
     batch_size: items per batch.
+    workers: processes that make the views of a training; 0 makes them in this one.
     """
 
-    def __init__(self, samples: Sequence[Sample], *, batch_size: int = 8) -> None:
+    def __init__(
+        self, samples: Sequence[Sample], *, batch_size: int = 8, workers: int | None = 0
+    ) -> None:
         if len(samples) == 0:
             raise ValueError("no normal item to fit on")
         self.samples = samples
         self.batch_size = batch_size
+        self.workers = workers
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:
         return self.samples[index]
+
+    def picked(self, rows: Sequence[int]) -> "NormalData":
+        """Some of the items, in the order of `rows`."""
+        part = cast(Sequence[Sample], Subset(cast(Any, self.samples), list(rows)))
+        return NormalData(part, batch_size=self.batch_size, workers=self.workers)
 
     def batches(self, *, shuffle: bool = False, seed: int = 0) -> Iterator[Batch]:
         """All items once, in order or shuffled by `seed`."""
@@ -65,6 +76,13 @@ class Detector(nn.Module):
     axes: str = "HW"
     """Axes of the images it takes."""
 
+    unbounded: bool = True
+    """Whether its raw score grows with the strength of an anomaly without a limit; that of a cosine
+    or of a structural error does not."""
+
+    notes: Mapping[str, Any] = MappingProxyType({})
+    """What `fit` tells of a choice it made, in plain values; empty where it made none."""
+
     def fit(self, normal: NormalData, *, workdir: Path | None = None) -> Self:
         """Learn what is normal; fitting again forgets the first fit.
 
@@ -75,6 +93,17 @@ class Detector(nn.Module):
     def predict(self, batch: Batch) -> AnomalyMap:
         """Score a preprocessed batch. Raises RuntimeError before `fit`."""
         raise NotImplementedError
+
+    def forget(self) -> None:
+        """Empty every learnt buffer, so that it is not fitted any more."""
+        for module in self.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name.endswith("_"):
+                    module.register_buffer(name, buffer.new_empty(0))
+
+    def selftest_shape(self, image: Sequence[int]) -> tuple[int, ...]:
+        """Of the noise of the self-test, for images (C, *axes) as it was fitted on."""
+        return (2 if self.axes == "HW" else 1, *image)
 
     def selftest(self, noise: Tensor) -> Tensor:
         """What `load_model` compares: the raw scores (B,) of a noise batch."""

@@ -40,7 +40,7 @@ MAY_IMPORT = {  # folder or file -> what of ours it may import besides itself
     ),
     "medssl/objectives": (DATA, MODELS, TRAINING, DISTRIBUTED),
     "medssl/probes": (DATA, MODELS, TRAINING, METRICS),
-    "anomaly": (DATA, MODELS, TRAINING, METRICS, LOSSES),
+    "anomaly": (DATA, MODELS, TRAINING, DISTRIBUTED, METRICS, LOSSES, "medssl.schedule"),
     "pipelines": ("medssl", "anomaly"),
 }
 KNOWS_MLFLOW = {"pipelines/record.py", "pipelines/served.py"}

@@ -1,0 +1,204 @@
+"""Choosing among checkpoints and hyperparameters without labels.
+
+Made-up defects on held-out normals stand in for the anomalies that nobody has labelled. How far
+such a ranking follows that of real anomalies differs from set to set (Fung et al., "Model
+selection of zero-shot anomaly detectors in the absence of labels", 2023,
+https://arxiv.org/abs/2310.10461), so it is reported beside what it was chosen from.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from anomaly.base import AnomalyMap, Detector, NormalData
+from anomaly.metrics import PixelScores
+from anomaly.synthetic import Defects, has_valid_pixel
+from medssl.data.sample import Batch, Sample, collate
+from medssl.data.split import split_by_group
+from medssl.metrics import auroc
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoScore:
+    """How well a detector tells made-up defects from the normals they were made on.
+
+    image_auroc: of the items' scores. pixel_auroc: of the maps, against the defects' masks.
+    """
+
+    image_auroc: float
+    pixel_auroc: float
+
+    @property
+    def value(self) -> float:
+        """What is compared, larger is better: the mean of the two."""
+        return (self.image_auroc + self.pixel_auroc) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """How to choose without labels.
+
+    share: of the normals, whole patients or parts, held out of training to choose with.
+    checkpoints: how many, evenly spaced over a training, its end included.
+    per_normal: made-up defects on each held-out normal.
+    defects: which, and how large.
+    """
+
+    share: float = 0.2
+    checkpoints: int = 5
+    per_normal: int = 2
+    defects: Defects = field(default_factory=Defects)
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoints", "per_normal"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def split(self, normal: NormalData, *, seed: int) -> tuple[NormalData, NormalData]:
+        """The normals to train on, and those to choose with; no patient or part is on both sides.
+
+        Raises ValueError where there is only one patient or part.
+        """
+        known = [_Place(i, normal[i].group) for i in range(len(normal))]
+        training, held_out = split_by_group(known, self.share, seed)
+        if not training or not held_out:
+            raise ValueError(
+                "choosing without labels takes normals of at least two patients or parts, got "
+                f"{len(normal)} of one; fit without a selection"
+            )
+        return (
+            normal.picked([place.index for place in training]),
+            normal.picked([place.index for place in held_out]),
+        )
+
+    @torch.no_grad()
+    def judge(self, detector: Detector, held_out: NormalData, *, seed: int) -> PseudoScore:
+        """Score every held-out normal and its copies with a defect; equal seeds, equal defects.
+
+        An item without a valid pixel tells nothing. Raises ValueError where there is no other.
+        """
+        rows = [i for i in range(len(held_out)) if has_valid_pixel(held_out[i])]
+        if not rows:
+            raise ValueError(f"none of the {len(held_out)} normals held out has a valid pixel")
+        found: list[tuple[Tensor, Tensor, Tensor | None]] = []  # score (), map and mask (*spatial)
+        for i in rows:
+            generator = torch.Generator().manual_seed(1_000_003 * seed + i)
+            samples = [held_out[i]]
+            for _ in range(self.per_normal):
+                other = rows[int(torch.randint(len(rows), (1,), generator=generator))]
+                samples.append(self.defects(held_out[i], held_out[other], generator))
+            found += _scored(detector, samples)
+        scores, maps, masks = zip(*found, strict=True)
+        return PseudoScore(
+            image_auroc=auroc(torch.stack(scores), torch.tensor([m is not None for m in masks])),
+            pixel_auroc=PixelScores(maps, masks).auroc(),
+        )
+
+
+def _scored(detector: Detector, samples: list[Sample]) -> list[Any]:
+    """Score, map and mask (None of a normal item) of each sample."""
+    found = detector.predict(collate(samples).to(_device_of(detector)))
+    masks = [sample.mask and sample.mask.pixels[0] > 0.5 for sample in samples]
+    maps = found.maps["image"]
+    return list(zip(found.score.cpu(), [one.cpu() for one in maps], masks, strict=True))
+
+
+class Chosen(Detector):
+    """The best of several detectors, told apart by made-up defects on held-out normals.
+
+    candidates: detectors that take the same images, such as one with other hyperparameters. Each
+        is fitted on the same share of the normals; what the others learnt is forgotten.
+    selection: its `checkpoints` mean nothing here.
+    seed: of the split and of the defects.
+    """
+
+    def __init__(
+        self, candidates: list[Detector], *, selection: Selection | None = None, seed: int = 0
+    ) -> None:
+        super().__init__()
+        kinds = {candidate.axes for candidate in candidates}
+        if len(candidates) < 2 or len(kinds) != 1:
+            raise ValueError(
+                f"a choice takes at least two detectors for images of the same axes, got "
+                f"{len(candidates)} for {sorted(kinds)}"
+            )
+        self.members = nn.ModuleList(candidates)
+        self.selection = Selection() if selection is None else selection
+        self.seed = seed
+        self.axes = candidates[0].axes
+        self.unbounded = all(candidate.unbounded for candidate in candidates)
+        self.register_buffer("chosen_", torch.empty(0, dtype=torch.int64))
+        self.chosen_: Tensor  # (1,) position among the candidates
+
+    @property
+    def candidates(self) -> list[Detector]:
+        """The detectors it was built with."""
+        return [cast(Detector, member) for member in self.members]
+
+    def fit(self, normal: NormalData, *, workdir: Path | None = None) -> Self:
+        """Fit every candidate, judge it, and keep one, of equals the first.
+
+        `notes` says how each did.
+        """
+        training, held_out = self.selection.split(normal, seed=self.seed)
+        found: list[PseudoScore] = []
+        best = 0
+        for place, candidate in enumerate(self.candidates):
+            folder = None if workdir is None else workdir / f"candidate{place}"
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+            candidate.fit(training, workdir=folder)
+            found.append(self.selection.judge(candidate, held_out, seed=self.seed))
+            worse = place
+            if found[place].value > found[best].value:
+                best, worse = place, best
+            if worse != best:
+                self.candidates[worse].forget()
+        self.chosen_ = torch.tensor([best])
+        self.notes = {
+            "chosen": best,
+            "candidates": [asdict(score) for score in found],
+            "num_train": len(training),
+            "num_select": len(held_out),
+        }
+        return self
+
+    def predict(self, batch: Batch) -> AnomalyMap:
+        """What the chosen detector says."""
+        self.check_fitted()
+        return self.candidates[int(self.chosen_)].predict(batch)
+
+    def check_fitted(self) -> None:
+        """Raises RuntimeError before `fit`; the candidates that were not chosen do not count."""
+        if self.chosen_.numel() == 0:
+            raise RuntimeError("Chosen is not fitted (chosen_ is empty); call fit(normal) first")
+
+    @classmethod
+    def example(cls) -> tuple[Self, list[Sample]]:
+        """PatchCore with two layers, or one."""
+        from anomaly.features.patchcore import PatchCore
+
+        one, samples = PatchCore.example()
+        other, _ = PatchCore.example()
+        other.layers = ["layer1"]
+        return cls([one, other]), samples
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What `split_by_group` looks at."""
+
+    index: int
+    group: str | None
+
+    @property
+    def item(self) -> str:
+        return str(self.index)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    tensors = [*model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
