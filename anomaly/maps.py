@@ -1,6 +1,10 @@
-"""Patch scores to pixel maps; NaN marks what is not valid, and it counts nowhere."""
+"""Patch scores to maps of pixels or voxels; NaN marks what is not valid, and it counts nowhere.
+
+Everything here takes pictures (H, W) and volumes (D, H, W) alike.
+"""
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -8,16 +12,28 @@ from torch import Tensor
 
 
 def upsample(
-    patches: Tensor, size: Sequence[int], *, offset: Sequence[float] | Tensor = (0.0, 0.0)
+    patches: Tensor, size: Sequence[int], *, offset: Sequence[float] | Tensor | None = None
 ) -> Tensor:
-    """Patch scores (B, h, w) to pixels (B, H, W), bilinear between the patches that are not NaN.
+    """Patch scores (B, h, w) to pixels (B, H, W), or (B, d, h, w) to voxels (B, D, H, W).
 
-    offset: how far the patches look beside the middle of their cells, in pixels (row, column);
+    Linear along each axis between the patches that are not NaN.
+    size: pixels, one per axis.
+    offset: how far the patches look beside the middle of their cells, in pixels, one per axis;
         see `medssl.models.alignment.grid_offset`. Beyond the outermost patches these go on.
     A pixel all of whose neighbouring patches are NaN becomes NaN.
     """
-    row, column = (2 * float(pixels) / length for pixels, length in zip(offset, size, strict=True))
-    theta = patches.new_tensor([[1, 0, -column], [0, 1, -row]]).expand(len(patches), 2, 3)
+    axes = patches.ndim - 1
+    if len(size) != axes or (offset is not None and len(offset) != axes):
+        raise ValueError(
+            f"patches {tuple(patches.shape)} need {axes} sizes and offsets, got size "
+            f"{tuple(size)} and offset {offset}"
+        )
+    beside = [0.0] * axes if offset is None else [float(pixels) for pixels in offset]
+    shift = [2 * pixels / length for pixels, length in zip(beside, size, strict=True)]
+    rows = [  # x, y, z: the last axis first
+        [*(float(i == j) for j in range(axes)), -pixels] for i, pixels in enumerate(shift[::-1])
+    ]
+    theta = patches.new_tensor(rows).expand(len(patches), axes, axes + 1)
     places = F.affine_grid(theta, [len(patches), 1, *size], align_corners=False)
 
     def interpolate(values: Tensor) -> Tensor:
@@ -26,41 +42,57 @@ def upsample(
     return _weighted(patches, interpolate)
 
 
-def smooth(maps: Tensor, sigma: float) -> Tensor:
+def smooth(maps: Tensor, sigma: float | Sequence[float]) -> Tensor:
     """Gaussian mean of the pixels around each one, over those inside the map and not NaN.
 
-    maps: (B, H, W); sigma: in pixels, 0 changes nothing. NaN stays NaN.
+    maps: (B, H, W) or (B, D, H, W); sigma: in pixels, one for all axes or one for each; along an
+    axis of 0 nothing changes. NaN stays NaN.
     """
-    if sigma < 0:
+    axes = maps.ndim - 1
+    sigmas = [float(sigma)] * axes if isinstance(sigma, (int, float)) else list(sigma)
+    if len(sigmas) != axes:
+        raise ValueError(f"maps {tuple(maps.shape)} need {axes} sigmas, got {len(sigmas)}")
+    if min(sigmas) < 0:
         raise ValueError(f"sigma must not be negative, got {sigma}")
-    if sigma == 0:
+    if max(sigmas) == 0:
         return maps
-    row = _gaussian(sigma, maps).reshape(1, 1, 1, -1)
-    radius = row.numel() // 2
 
     def blur(values: Tensor) -> Tensor:
-        values = F.conv2d(values, row, padding=(0, radius))
-        return F.conv2d(values, row.mT, padding=(radius, 0))
+        for axis in reversed(range(axes)):
+            if sigmas[axis] > 0:
+                values = _along(values, axis, _gaussian(sigmas[axis], maps))
+        return values
 
     return torch.where(maps.isnan(), maps, _weighted(maps, blur))
 
 
 def smooth_across(maps: Tensor, sigma: float) -> Tensor:
     """As `smooth`, along D only. maps: (B, D, H, W); sigma: in slices."""
-    column = _gaussian(sigma, maps).reshape(1, 1, -1, 1)
-    lines = maps.flatten(2)  # (B, D, H W)
-    smoothed = _weighted(lines, lambda v: F.conv2d(v, column, padding=(column.numel() // 2, 0)))
-    return torch.where(lines.isnan(), lines, smoothed).reshape(maps.shape)
+    return smooth(maps, (sigma, 0.0, 0.0))
 
 
 def valid_patches(valid: Tensor, grid: Sequence[int]) -> Tensor:
-    """Patches (B, h, w) that hold at least one valid pixel of `valid` (B, H, W), both bool."""
-    return F.adaptive_max_pool2d(valid[:, None].float(), tuple(grid))[:, 0] > 0
+    """Patches (B, *grid) that hold at least one valid pixel of `valid` (B, *spatial), both bool."""
+    values = valid[:, None].float()
+    if valid.ndim == 3:
+        return F.adaptive_max_pool2d(values, tuple(grid))[:, 0] > 0
+    return F.adaptive_max_pool3d(values, tuple(grid))[:, 0] > 0
 
 
 def outside_is_nan(maps: Tensor, valid: Tensor) -> Tensor:
     """The maps with NaN wherever `valid`, of the same shape, is False."""
     return torch.where(valid, maps, torch.nan)
+
+
+def pixel_maps(
+    patches: Tensor, valid: Tensor, *, offset: Tensor | None = None, sigma: float | Sequence[float]
+) -> Tensor:
+    """Patch scores (B, *grid) upsampled to the grid of `valid` (B, *spatial) and smoothed.
+
+    offset: as of `upsample`; sigma: as of `smooth`. NaN outside `valid`.
+    """
+    maps = smooth(upsample(patches, valid.shape[1:], offset=offset), sigma)
+    return outside_is_nan(maps, valid)
 
 
 def _gaussian(sigma: float, like: Tensor) -> Tensor:
@@ -71,8 +103,20 @@ def _gaussian(sigma: float, like: Tensor) -> Tensor:
     return kernel / kernel.sum()
 
 
+def _along(values: Tensor, axis: int, kernel: Tensor) -> Tensor:
+    """(B, 1, *spatial) filtered along one spatial axis with a kernel (2 r + 1,); zeros outside."""
+    spatial, radius = values.shape[2:], len(kernel) // 2
+    if axis == len(spatial) - 1:
+        plane = values.reshape(len(values), 1, -1, spatial[-1])
+        filtered = F.conv2d(plane, kernel.reshape(1, 1, 1, -1), padding=(0, radius))
+    else:
+        plane = values.reshape(-1, 1, spatial[axis], prod(spatial[axis + 1 :]))
+        filtered = F.conv2d(plane, kernel.reshape(1, 1, -1, 1), padding=(radius, 0))
+    return filtered.reshape(values.shape)
+
+
 def _weighted(values: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:
-    """A linear filter of (B, 1, h, w) applied to (B, h, w), its weights shared by the non-NaN."""
+    """A linear filter of (B, 1, *grid) applied to (B, *grid), its weights shared by the non-NaN."""
     known = (~values.isnan()).to(values.dtype)[:, None]
     weight = linear(known)
     total = linear(values.nan_to_num(0.0)[:, None])

@@ -69,6 +69,11 @@ class Slicewise(Detector):
         self.detector.fit(NormalData(slices, batch_size=_SLICES_AT_ONCE), workdir=workdir)
         return self
 
+    def selftest_shape(self, image: Sequence[int]) -> tuple[int, ...]:
+        """Two slices: a thin slab tells as much as a volume."""
+        channels, depth, height, width = image
+        return (1, channels, min(2, depth), height, width)
+
     @torch.no_grad()
     def predict(self, batch: Batch) -> AnomalyMap:
         """Scores and maps of volumes, on the CPU; a volume without a valid pixel scores NaN."""

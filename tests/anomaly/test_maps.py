@@ -90,3 +90,71 @@ def test_smoothing_across_slices_is_scipys_over_the_pixels_that_are_not_nan():
     expected = np.where(known > 0, both[0] / np.maximum(both[1], 1e-9), np.nan)
     found = smooth_across(maps, 1.2)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_ramp_of_patches_becomes_a_ramp_of_voxels_along_its_own_axis(axis):
+    size, patch, beside = (24, 32, 20), (8, 4, 5), (2.0, -1.5, 0.5)
+    grid = [length // side for length, side in zip(size, patch, strict=True)]
+    shape = [-1 if each == axis else 1 for each in range(3)]
+    patches = torch.arange(float(grid[axis])).reshape(shape).expand(1, *grid)
+    centre = (patch[axis] - 1) / 2 + beside[axis]  # where the first patch looks
+    ramp = ((torch.arange(size[axis]) - centre) / patch[axis]).clamp(0, grid[axis] - 1)
+    voxels = upsample(patches, size, offset=beside)
+    torch.testing.assert_close(voxels[0], ramp.reshape(shape).expand(size), atol=1e-5, rtol=0)
+
+
+def test_voxels_between_patches_are_the_weighted_mean_of_those_that_are_known():
+    patches = noise(1, 3, 4, 5)
+    patches[0, 1, 2, 3] = torch.nan
+    patches[0, 0, 0, :2] = torch.nan
+    size = (9, 8, 15)
+    found = upsample(patches, size)[0]
+    weights = [
+        np.stack(
+            [np.interp((np.arange(n) + 0.5) * g / n - 0.5, np.arange(g), row) for row in np.eye(g)]
+        )
+        for n, g in zip(size, (3, 4, 5), strict=True)
+    ]  # of patch i for voxel j, (g, n) for each axis
+
+    def mixed(values: np.ndarray) -> np.ndarray:
+        return np.einsum("abc,ai,bj,ck->ijk", values, *weights)
+
+    known = (~patches[0].isnan()).double().numpy()
+    share = mixed(known)
+    expected = mixed(patches[0].nan_to_num(0).numpy()) / np.where(share > 1e-6, share, np.nan)
+    assert np.isnan(expected).any()
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("sigma", [1.5, (0.8, 2.0, 1.2), (0.0, 1.0, 0.0)])
+def test_smoothing_a_volume_is_scipys_over_the_voxels_that_are_known(sigma):
+    maps = noise(2, 9, 14, 11)
+    maps[0, 2:4, 5, :6] = torch.nan
+    maps[1, :, 10:] = torch.nan
+    known = (~maps.isnan()).double().numpy()
+    both = [
+        np.stack([gaussian_filter(item, sigma, mode="constant", truncate=4) for item in each])
+        for each in (maps.nan_to_num(0).numpy(), known)
+    ]
+    expected = np.where(known > 0, both[0] / np.maximum(both[1], 1e-9), np.nan)
+    np.testing.assert_allclose(smooth(maps, sigma).numpy(), expected, atol=1e-12)
+
+
+def test_a_volumes_patch_is_valid_with_its_first_valid_voxel():
+    valid = torch.zeros(1, 8, 16, 24, dtype=torch.bool)
+    valid[0, 3, 8, 23] = True
+    expected = torch.zeros(1, 4, 2, 3, dtype=torch.bool)
+    expected[0, 1, 1, 2] = True
+    assert valid_patches(valid, (4, 2, 3)).equal(expected)
+
+
+def test_another_number_of_axes_is_refused():
+    with pytest.raises(ValueError, match="need 3 sigmas, got 2"):
+        smooth(torch.zeros(1, 4, 4, 4), (1.0, 1.0))
+    with pytest.raises(ValueError, match="need 3 sizes"):
+        upsample(torch.zeros(1, 4, 4, 4), (8, 8))

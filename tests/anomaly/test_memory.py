@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from anomaly import memory
-from anomaly.memory import greedy_coreset, nearest
+from anomaly.memory import Shortlist, greedy_coreset, nearest
 
 
 def naive(features: torch.Tensor, count: int, first: int) -> list[int]:
@@ -155,3 +155,86 @@ def test_nearest_of_no_query_is_empty():
 def test_queries_of_another_width_are_refused():
     with pytest.raises(ValueError, match="must agree in E"):
         nearest(torch.zeros(2, 3), torch.zeros(5, 4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("block_bytes", "many"), [(1, 64), (1 << 14, 64), (1 << 24, 2)])
+def test_a_shortlist_finds_the_nearest_row_of_brute_force(
+    kind, dtype, block_bytes, many, monkeypatch
+):
+    monkeypatch.setattr(memory, "_MANY", many)
+    features = cloud(kind)
+    bank, queries = features[:250], features[-50:]
+
+    distances, indices = Shortlist(bank, dtype=dtype).nearest(queries, block_bytes=block_bytes)
+
+    brute = torch.cdist(
+        queries.double(), bank.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    torch.testing.assert_close(distances[:, 0].double(), brute.amin(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(brute.gather(1, indices), distances.double(), rtol=1e-5, atol=0)
+
+
+def test_a_shortlist_looks_at_few_rows_of_a_bank():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4200, 64, generator=generator)
+    looked, _, many = Shortlist(rows[:4000], dtype=torch.bfloat16)._pairs(rows[4000:])
+    assert len(many) == 0
+    assert 200 <= len(looked) < 5 * 200
+    assert set(looked.tolist()) == set(range(200))
+
+
+def test_a_shortlist_is_not_led_astray_by_rounding_where_rows_lie_close_together():
+    generator = torch.Generator().manual_seed(0)
+    middle = torch.randn(32, generator=generator)
+    bank = middle + 1e-3 * torch.randn(500, 32, generator=generator)  # bfloat16 has 3 digits
+    bank[0] = -middle  # so that the origin is not in their midst
+    queries = middle + 1e-3 * torch.randn(40, 32, generator=generator)
+    found = Shortlist(bank, dtype=torch.bfloat16).nearest(queries)[1][:, 0]
+    brute = torch.cdist(
+        queries.double(), bank.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    assert found.equal(brute.argmin(1))
+
+
+@pytest.mark.parametrize(
+    "search", [nearest, lambda queries, bank: Shortlist(bank).nearest(queries)]
+)
+def test_a_half_precision_bank_counts_as_what_it_holds(search):
+    generator = torch.Generator().manual_seed(0)
+    rows = 100 + torch.randn(600, 48, generator=generator)
+    bank, queries = rows[:500].half(), rows[500:]
+    distances, indices = search(queries, bank)
+    brute = torch.cdist(
+        queries.double(), bank.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    assert indices[:, 0].equal(brute.argmin(1))  # all of them: a recall of 1
+    torch.testing.assert_close(distances[:, 0].double(), brute.amin(1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("rows", [7, 100, 1000])
+def test_a_bank_that_is_searched_in_parts_is_searched_whole(rows, monkeypatch):
+    features = cloud("duplicates")
+    expected = nearest(features[-50:], features[:250], 4)
+    monkeypatch.setattr(memory, "_ROWS", rows)
+    distances, indices = nearest(features[-50:], features[:250], 4)
+    assert distances.equal(expected[0])
+    brute = torch.cdist(features[-50:].double(), features[:250].double())
+    torch.testing.assert_close(brute.gather(1, indices), distances.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_picks_go_on_from_a_bank_as_the_naive_loop_does(kind, monkeypatch):
+    monkeypatch.setattr(memory, "_ACTIVE", 64)
+    features = cloud(kind)
+    bank, new = features[:40], features[40:300]
+    points = new.double().numpy()
+    others = bank.double().numpy()
+    distance = ((points[:, None] - others[None]) ** 2).sum(2).min(1)
+    expected = []
+    for _ in range(60):
+        expected.append(int(distance.argmax()))
+        distance = np.minimum(distance, ((points - points[expected[-1]]) ** 2).sum(1))
+        distance[expected] = -1
+    assert greedy_coreset(new, 60, bank=bank).tolist() == expected

@@ -5,8 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomaly.base import NormalData, noise_batch
-from anomaly.features import patchcore
+from anomaly.features import patchcore, patches
 from anomaly.features.patchcore import PatchCore
+from medssl.data.image import Image, pixel_affine
+from medssl.data.modality import Modality
+from medssl.data.sample import Sample
 from medssl.models.encoder import Encoder
 
 
@@ -37,6 +40,12 @@ def fitted(detector: PatchCore, pixels: Tensor) -> PatchCore:
     return detector.fit(normal)
 
 
+def with_bank(detector: PatchCore, bank: Tensor) -> None:
+    """A bank (M, 1) of its own, as if one item had given it."""
+    fitted(detector, torch.zeros(1, 8, 8))
+    detector.bank_, detector.owner_ = bank, torch.zeros(len(bank), dtype=torch.int64)
+
+
 def test_a_score_is_the_distance_of_the_farthest_patch_mean_to_the_normal_ones():
     detector = fitted(of_pixels(), torch.zeros(1, 8, 8))
     picture = torch.zeros(1, 8, 8)
@@ -52,9 +61,7 @@ def test_a_score_is_the_distance_of_the_farthest_patch_mean_to_the_normal_ones()
 
 def test_the_image_score_is_weighed_as_in_equation_7():
     detector = of_pixels(num_neighbors=3)
-    detector.bank_ = torch.tensor([[10.0], [9.5], [9.0], [7.3], [4.9]])
-    detector.mean_, detector.whitening_ = torch.zeros(1), torch.ones(1, 1)
-    detector.offset_ = torch.zeros(2)
+    with_bank(detector, torch.tensor([[10.0], [9.5], [9.0], [7.3], [4.9]]))
 
     found = detector.predict(noise_batch(torch.full((1, 1, 8, 8), 11.0), "HW")).score
 
@@ -67,9 +74,7 @@ def test_the_image_score_is_weighed_as_in_equation_7():
 
 def test_one_normal_patch_leaves_the_score_unweighted():
     detector = of_pixels(num_neighbors=9)
-    detector.bank_ = torch.zeros(1, 1)
-    detector.mean_, detector.whitening_ = torch.zeros(1), torch.ones(1, 1)
-    detector.offset_ = torch.zeros(2)
+    with_bank(detector, torch.zeros(1, 1))
     found = detector.predict(noise_batch(torch.full((1, 1, 8, 8), 4.0), "HW")).score
     torch.testing.assert_close(found, torch.tensor([4.0]))
 
@@ -139,7 +144,7 @@ def test_a_bank_of_mapped_patches_is_that_of_patches_in_memory(tmp_path, monkeyp
     mapped = []
     from_file = torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda *a, **k: mapped.append(a) or from_file(*a, **k))
-    monkeypatch.setattr(patchcore, "_MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(patches, "_MEMORY_SHARE", 0.0)
 
     assert detector.fit(normal, workdir=tmp_path).bank_.equal(expected)
     assert len(mapped) == 1
@@ -222,6 +227,8 @@ def test_another_number_of_channels_is_refused():
         ({"coreset_ratio": 1.5}, "coreset_ratio"),
         ({"layers": []}, "layers"),
         ({"num_neighbors": 0}, "num_neighbors"),
+        ({"bank_dtype": "float64"}, "bank_dtype"),
+        ({"max_patches": 0}, "max_patches"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(arguments, message):
@@ -287,3 +294,183 @@ def test_whitened_distances_do_not_depend_on_the_scale_of_the_features():
         scaled.encoder.network[0].weight *= 1000  # the second layer stands on the first
     found = fitted(scaled, pictures).predict(batch).score
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+class Voxels(Pixels):
+    """A network whose layer is the volume itself."""
+
+    axes = "DHW"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Conv3d(1, 1, 1, bias=False))
+        nn.init.ones_(self.network[0].weight)
+
+    def _as_grid(self, output: Tensor, images: Tensor) -> Tensor:
+        return output
+
+
+def of_items(count: int, side: int = 8, first: int = 0) -> NormalData:
+    """Pictures of noise of their own, item0 ..."""
+    generator = torch.Generator().manual_seed(first)
+    samples = []
+    for i in range(first, first + count):
+        image = Image(
+            pixels=torch.rand(1, side, side, generator=generator),
+            axes="HW",
+            modality=Modality.UNKNOWN,
+            affine=pixel_affine(),
+            frame="pixel",
+        )
+        samples.append(Sample(item=f"item{i}", images={"image": image}))
+    return NormalData(samples, batch_size=2)
+
+
+def test_a_volumes_score_is_the_distance_of_its_farthest_patch_mean():
+    detector = PatchCore(
+        Voxels(), layers=["0"], coreset_ratio=1.0, num_neighbors=1, sigma=[0.0, 0.0, 0.0]
+    )
+    assert detector.axes == "DHW"
+    volumes = torch.zeros(1, 1, 5, 8, 7)
+    normal = NormalData([object()])
+    normal.batches = lambda **_: iter([noise_batch(volumes, "DHW")])
+    detector.fit(normal)
+    batch = noise_batch(volumes.clone(), "DHW")
+    batch.images["image"].pixels[0, 0, 2, 4, 3] = 27.0
+    batch.images["image"].valid[0, :, :, 5:] = False
+    found = detector.predict(batch)
+    expected = torch.zeros(1, 5, 8, 7)
+    expected[0, 1:4, 3:6, 2:5] = 1.0
+    expected[..., 5:] = torch.nan
+    torch.testing.assert_close(found.maps["image"], expected, equal_nan=True)
+    torch.testing.assert_close(found.score, torch.ones(1))
+
+
+def test_a_map_is_smoothed_by_its_own_width_along_each_axis():
+    detector = fitted(of_pixels(sigma=[2.0, 0.0]), torch.zeros(1, 16, 16))
+    picture = torch.zeros(1, 16, 16)
+    picture[0, 8, 8] = 9.0
+    found = detector.predict(noise_batch(picture[:, None], "HW")).maps["image"][0]
+    assert found[4, 8] > 0
+    assert found[8, 4] == found[8, 12] == 0
+
+
+def test_a_half_precision_bank_has_half_the_bytes_and_nearly_the_scores():
+    normal, test = of_items(5), next(of_items(3, first=5).batches())
+    full, half = (of_pixels(bank_dtype=name).fit(normal) for name in ("float32", "float16"))
+    assert half.bank_.dtype == torch.float16
+    assert half.bank_.equal(full.bank_.half())
+    expected = full.predict(test)
+    found = half.predict(test)
+    torch.testing.assert_close(found.score, expected.score, atol=1e-3, rtol=0)
+    # and exactly those of a bank that holds the rounded rows in float32
+    full.bank_ = half.bank_.float()
+    torch.testing.assert_close(found.score, full.predict(test).score, atol=1e-7, rtol=1e-6)
+
+
+def test_features_that_half_precision_cannot_hold_are_refused():
+    with pytest.raises(ValueError, match=r"up to 1.01e\+05 do not fit into float16"):
+        fitted(of_pixels(bank_dtype="float16"), torch.full((1, 8, 8), 1.01e5))
+
+
+def test_the_coreset_is_chosen_among_a_sample_of_so_many_patches():
+    detector = of_pixels(max_patches=40, coreset_ratio=0.5).fit(of_items(5))
+    every = of_pixels().fit(of_items(5)).bank_
+    assert len(detector.bank_) == 20
+    assert torch.isin(detector.bank_, every).all()
+    other = of_pixels(max_patches=40, coreset_ratio=0.5, seed=1).fit(of_items(5))
+    assert not other.bank_.equal(detector.bank_)
+
+
+def test_each_row_of_the_bank_knows_its_item():
+    detector = of_pixels(coreset_ratio=0.3).fit(of_items(5))
+    assert detector.items == [f"item{i}" for i in range(5)]
+    for i in range(5):
+        own = of_pixels().fit(of_items(5).picked([i])).bank_
+        rows = detector.bank_[detector.owner_ == i]
+        assert len(rows) > 0
+        assert torch.isin(rows, own).all()
+
+
+def test_added_items_give_their_patches_that_are_farthest_from_the_bank():
+    detector = of_pixels(coreset_ratio=0.25).fit(of_items(3))
+    before = detector.bank_.clone()
+    new = of_items(2, first=3)
+    patches = detector.patches(next(new.batches()).images["image"].pixels).reshape(-1, 1)
+    assert detector.add(new) is detector
+    assert detector.bank_[: len(before)].equal(before)
+    added = detector.bank_[len(before) :]
+    assert len(added) == 0.25 * len(patches)
+    distance = (patches - before.T).abs().amin(1)
+    assert added[0] == patches[distance.argmax()]
+    for i in range(1, len(added)):
+        distance = torch.minimum(distance, (patches - added[i - 1]).abs()[:, 0])
+        assert (added[i] - patches[distance.argmax()]).abs() < 1e-7
+    assert detector.items == [f"item{i}" for i in range(5)]
+    assert set(detector.owner_[len(before) :].tolist()) == {3, 4}
+
+
+def test_an_added_item_scores_lower_than_before():
+    detector = of_pixels(coreset_ratio=1.0).fit(of_items(2))
+    new = of_items(1, first=2)
+    batch = next(new.batches())
+    assert detector.predict(batch).score > 0
+    assert detector.add(new).predict(batch).score == 0
+
+
+def test_removing_deletes_exactly_the_rows_of_the_items():
+    detector = of_pixels(coreset_ratio=0.3).fit(of_items(5))
+    bank, owner = detector.bank_.clone(), detector.owner_.clone()
+    assert detector.remove({"item1", "item4"}) is detector
+    kept = (owner != 1) & (owner != 4)
+    assert detector.bank_.equal(bank[kept])
+    assert detector.items == ["item0", "item2", "item3"]
+    names = [detector.items[i] for i in detector.owner_]
+    assert names == [f"item{i}" for i in owner[kept]]
+    assert b"item4" not in bytes(detector.items_.tolist())
+
+
+def test_removing_what_was_added_gives_the_bank_of_before():
+    detector = of_pixels(coreset_ratio=0.3).fit(of_items(3))
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    detector.add(of_items(2, first=3)).remove(["item3", "item4"])
+    after = detector.state_dict()
+    assert all(after[name].equal(value) for name, value in before.items())
+
+
+def test_whitening_stays_that_of_the_first_fit():
+    detector = of_pixels(layers=["0", "1"], whiten=True).fit(of_items(3))
+    mean = detector.mean_.clone()
+    batch = next(of_items(1, first=7).batches())
+    assert detector.add(of_items(1, first=7)).predict(batch).score < 1e-3
+    assert detector.mean_.equal(mean)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (["item0", "item9"], "does not know items item9; see"),
+        (["item0", "item1", "item2"], "without these 3 items the bank would be empty"),
+    ],
+)
+def test_what_cannot_be_removed_is_refused_and_changes_nothing(items, message):
+    detector = of_pixels().fit(of_items(3))
+    bank = detector.bank_
+    with pytest.raises(ValueError, match=message):
+        detector.remove(items)
+    assert detector.bank_ is bank
+    with pytest.raises(ValueError, match="knows items item2 already"):
+        detector.add(of_items(2, first=2))
+
+
+def test_nothing_can_be_added_before_fitting():
+    with pytest.raises(RuntimeError, match="not fitted"):
+        of_pixels().add(of_items(1))
+
+
+def test_a_bank_that_is_changed_in_place_is_searched_anew():
+    detector = of_pixels().fit(of_items(3))
+    batch = next(of_items(3).batches())
+    assert detector.predict(batch).score.eq(0).all()
+    detector.bank_.add_(5.0)
+    assert (detector.predict(batch).score > 3).all()
