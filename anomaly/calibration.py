@@ -1,7 +1,8 @@
 """Conformal thresholds and p-values from held-out normal scores.
 
-Split conformal: Vovk et al., Algorithmic Learning in a Random World, 2005; as p-values of an
-anomaly test: Bates et al., Annals of Statistics 2023, https://arxiv.org/abs/2104.08279.
+Split conformal, and by group ("Mondrian"): Vovk et al., Algorithmic Learning in a Random World,
+2005; as p-values of an anomaly test: Bates et al., Annals of Statistics 2023,
+https://arxiv.org/abs/2104.08279.
 The folds of "cross" and what they do not promise: Barber et al., Annals of Statistics 2021,
 https://arxiv.org/abs/1905.02928.
 """
@@ -9,8 +10,12 @@ https://arxiv.org/abs/1905.02928.
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any, Literal, Self
+
+from anomaly.tails import MapTail, controlled_level
+from medssl.data.privacy import key_fingerprint, salted
 
 Method = Literal["split", "cross", "path", "none"]
 
@@ -22,12 +27,20 @@ class Calibration:
     The unit is the item that gets a verdict, never a pixel or a slice. Uncalibrated, every
     question is answered with None.
 
+    Calibrated by site (or scanner, or line), `of_site` gives the calibration that an item's
+    verdict comes from. The thresholds of the whole are then those of all sites together; they hold
+    on average over their mix and no further, so that no item gets a verdict from them.
+
     rate: the chosen false-alarm rate, in (0, 1).
     method: where the held-out normals came from.
     scores: their raw scores, sorted.
     map_maxima: the largest value of each one's map on its source grid, sorted.
     fitted_on: pixel hashes that `fit` saw and calibration must not.
     guarantee: what the threshold promises, in words.
+    tails: of each one's map, for `pixel_threshold`; empty where nobody asked for it.
+    by: the column that names the sites; None where all items have one threshold.
+    sites: the calibration of each site, under its salted name.
+    key: fingerprint of the key that salted the names.
     """
 
     rate: float
@@ -36,6 +49,10 @@ class Calibration:
     map_maxima: tuple[float, ...]
     fitted_on: tuple[str, ...]
     guarantee: str
+    tails: tuple[MapTail, ...] = ()
+    by: str | None = None
+    sites: Mapping[str, "Calibration"] = field(default_factory=dict)
+    key: str | None = None
 
     def __post_init__(self) -> None:
         _check_rate(self.rate)
@@ -45,6 +62,10 @@ class Calibration:
             raise ValueError(
                 f"one map maximum per score: got {len(self.scores)} scores "
                 f"and {len(self.map_maxima)} maxima"
+            )
+        if self.tails and len(self.tails) != len(self.scores):
+            raise ValueError(
+                f"one map tail per score: got {len(self.scores)} scores and {len(self.tails)} tails"
             )
 
     @classmethod
@@ -57,20 +78,76 @@ class Calibration:
         method: Method,
         fitted_on: Iterable[str] = (),
         num_groups: int | None = None,
+        tails: Sequence[MapTail] | None = None,
+        sites: Sequence[str | None] | None = None,
+        by: str | None = None,
     ) -> Self:
         """A calibration with the promise that belongs to its method.
 
         num_groups: patients or parts among the held-out items; None where each is its own.
-        Raises ValueError for a score that is not finite.
+        tails: of each item's map on its source grid.
+        sites: the site of each item as the table names it, None where it has none: it is salted
+            here, for a name may tell a hospital. Each site gets a calibration of its own.
+        by: the column that the sites are from.
+        Raises ValueError for a score that is not finite, and for sites without `by`.
         """
-        return cls(
+        whole = cls(
             rate=rate,
             method=method,
             scores=tuple(scores),
             map_maxima=tuple(map_maxima),
             fitted_on=tuple(sorted(set(fitted_on))),
             guarantee=_guarantee(method, rate, len(scores), num_groups),
+            tails=tuple(sorted(tails or ())),
         )
+        if sites is None and by is None:
+            return whole
+        if sites is None or by is None or len(sites) != len(scores):
+            raise ValueError(
+                f"by site takes one site per score and the name of their column: got {by!r}, "
+                f"{len(scores)} scores and {'no' if sites is None else len(sites)} sites"
+            )
+        related = num_groups is not None and num_groups < len(scores)
+        parts = {}
+        for name in sorted({name for name in sites if name is not None}, key=salted):
+            of_name = [site == name for site in sites]
+            chosen = (list(compress(values, of_name)) for values in (scores, map_maxima))
+            of_tails = None if tails is None else list(compress(tails, of_name))
+            part = cls.from_scores(*chosen, rate=rate, method=method, tails=of_tails)
+            promise = _guarantee_of_site(part, by, related=related)
+            parts[salted(name)] = replace(part, guarantee=promise)
+        promise = _guarantee_by_site(whole, list(parts.values()), by)
+        return replace(whole, guarantee=promise, by=by, sites=parts, key=key_fingerprint())
+
+    def of_site(self, site: str | None) -> "Calibration":
+        """What the verdict on an item of this site comes from; `guarantee` says why there is none.
+
+        That is this calibration itself where it is not by site. Else it is the site's own, and
+        nothing replaces it: an item of no site, of one without held-out normals, or of one with
+        too few for the rate gets no verdict, for no threshold is known to hold there.
+
+        site: as the table names it, not salted.
+        Raises ValueError where the sites were salted with another key.
+        """
+        if self.by is None:
+            return self
+        self.check_key()
+        if site is not None and salted(site) in self.sites:
+            return self.sites[salted(site)]
+        which = (
+            f"no {self.by} is known" if site is None else f"its {self.by} has no held-out normal"
+        )
+        nothing = Calibration.from_scores((), (), rate=self.rate, method=self.method)
+        return replace(nothing, guarantee=f"No promise for this item: {which}.")
+
+    def check_key(self) -> None:
+        """Raises ValueError where the names of the sites were salted with another key."""
+        if self.key is not None and self.key != key_fingerprint():
+            raise ValueError(
+                f"the sites of this calibration were salted with the key {self.key} and yours is "
+                f"{key_fingerprint()}, so they cannot be compared; let MEDSSL_KEY_FILE name that "
+                "key, or calibrate again"
+            )
 
     @property
     def calibrated(self) -> bool:
@@ -92,6 +169,22 @@ class Calibration:
         """At most the chosen share of normal items has any place of its map above it."""
         return conformal_threshold(self.map_maxima, self.rate)
 
+    def pixel_threshold(self, rate: float) -> float | None:
+        """A normal item has, in expectation, at most this share of its map above it.
+
+        Not the share of all pixels together: each item counts the same, however large. Far lower
+        than `map_threshold`, which keeps every place of an item's map below it. See
+        `anomaly.tails.controlled_level` for the promise.
+
+        rate: in (0, 1), of its own; the rate of the verdicts has no part in it.
+        None with fewer than `required_normals(rate)` held-out normals.
+        Raises ValueError where the calibration was made without tails.
+        """
+        _check_rate(rate)
+        if self.scores and not self.tails:
+            raise ValueError("the calibration holds no map tails; calibrate again to keep them")
+        return controlled_level(self.tails, rate)
+
     def p_value(self, score: float) -> float | None:
         """Share of normals at least as anomalous, this one counted; smaller is more anomalous.
 
@@ -111,12 +204,28 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for calibration.json, thresholds included for readers of the file."""
-        derived = {"threshold": self.threshold, "map_threshold": self.map_threshold}
-        return {**asdict(self), **derived, "missing": self.missing}
+        return {
+            "rate": self.rate,
+            "method": self.method,
+            "scores": self.scores,
+            "map_maxima": self.map_maxima,
+            "fitted_on": self.fitted_on,
+            "guarantee": self.guarantee,
+            "tails": [tail.values for tail in self.tails],
+            "by": self.by,
+            "sites": {name: site.to_dict() for name, site in self.sites.items()},
+            "key": self.key,
+            "threshold": self.threshold,
+            "map_threshold": self.map_threshold,
+            "missing": self.missing,
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; the thresholds are computed anew."""
+        """The inverse of `to_dict`; the thresholds are computed anew.
+
+        A dictionary without tails, sites and key, as earlier versions wrote it, is one without.
+        """
         return cls(
             rate=values["rate"],
             method=values["method"],
@@ -124,6 +233,10 @@ class Calibration:
             map_maxima=tuple(values["map_maxima"]),
             fitted_on=tuple(values["fitted_on"]),
             guarantee=values["guarantee"],
+            tails=tuple(MapTail(tuple(tail)) for tail in values.get("tails", ())),
+            by=values.get("by"),
+            sites={name: cls.from_dict(site) for name, site in values.get("sites", {}).items()},
+            key=values.get("key"),
         )
 
 
@@ -156,6 +269,22 @@ def false_alarm_interval(
     the count of alarms is beta-binomial. Returns the lowest and highest share.
     Raises ValueError where the rate is out of reach of `num_calibration` normals.
     """
+    alarms = _alarms(num_calibration, num_test, rate)
+    low, high = alarms.ppf([(1 - level) / 2, (1 + level) / 2])
+    return float(low) / num_test, float(high) / num_test
+
+
+def alarm_chance(num_calibration: int, num_test: int, rate: float, num_alarms: int) -> float:
+    """The chance of so many false alarms or more among `num_test` new normals.
+
+    Raises ValueError as `false_alarm_interval`, whose beta-binomial it is; with tied scores the
+    chance is smaller yet.
+    """
+    return float(_alarms(num_calibration, num_test, rate).sf(num_alarms - 1))
+
+
+def _alarms(num_calibration: int, num_test: int, rate: float) -> Any:
+    """The count of false alarms as a SciPy distribution."""
     from scipy.stats import betabinom
 
     k = _rank(num_calibration, rate)
@@ -164,9 +293,7 @@ def false_alarm_interval(
             f"a rate of {rate} needs {required_normals(rate)} calibration normals, "
             f"got {num_calibration}"
         )
-    alarms = betabinom(num_test, num_calibration + 1 - k, k)
-    low, high = alarms.ppf([(1 - level) / 2, (1 + level) / 2])
-    return float(low) / num_test, float(high) / num_test
+    return betabinom(num_test, num_calibration + 1 - k, k)
 
 
 def _rank(count: int, rate: float) -> int:
@@ -204,6 +331,41 @@ def _guarantee(method: Method, rate: float, count: int, num_groups: int | None) 
             "each other, so the promise is approximate and varies more than the count suggests."
         )
     return text
+
+
+def _guarantee_of_site(site: Calibration, by: str, *, related: bool) -> str:
+    """related: whether several of the held-out items come from one patient or part."""
+    if not site.calibrated:
+        return (
+            f"No promise for items of this {by}: it has {len(site.scores)} held-out normal items, "
+            f"and the rate takes {required_normals(site.rate)}."
+        )
+    text = f"For items of this {by} only. {site.guarantee}"
+    if related:
+        text += (
+            " Several held-out items come from one patient or part, so the promise is approximate "
+            "and varies more than the count suggests."
+        )
+    return text
+
+
+def _guarantee_by_site(whole: Calibration, sites: Sequence[Calibration], by: str) -> str:
+    needed = required_normals(whole.rate)
+    enough = sum(site.calibrated for site in sites)
+    takes = f"the {needed} held-out normal items that the rate takes"
+    if not enough:
+        return f"No promise: none of {len(sites)} values of {by} has {takes}."
+    text = (
+        f"Calibrated for each {by} by itself: {enough} of {len(sites)} have {takes}, and items of "
+        f"any other {by} get no verdict. "
+    )
+    if whole.method == "cross":
+        return text + f"Weaker than held-out sets, without a bound: see the promise of each {by}."
+    return text + (
+        f"On average over draws of the held-out normal items of one {by}, a normal item of it is "
+        f"called anomalous with probability at most {whole.rate:g}, if new normal items of it are "
+        "exchangeable with them."
+    )
 
 
 def _sorted_finite(values: Sequence[float], name: str) -> list[float]:
