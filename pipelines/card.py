@@ -8,6 +8,8 @@ from anomaly.calibration import Calibration
 from medssl.data.preprocess import Preprocessing
 from medssl.models.encoder import Encoder
 
+_CALIBRATION = "## Calibration"
+
 
 def detector_card(
     detector: Detector,
@@ -17,12 +19,13 @@ def detector_card(
     calibration: Calibration,
     num_fitted: int,
     num_groups: int,
-    seed: int,
+    origin: str,
 ) -> str:
     """Markdown for people; it names no file, folder, patient or machine.
 
     num_fitted: normal items the detector was fitted on.
     num_groups: patients or parts they come from.
+    origin: how it came to be fitted on them, such as "seed 0".
     """
     encoders = [module for module in detector.modules() if isinstance(module, Encoder)]
     about = "".join(f" on features of {_named(encoder)}" for encoder in encoders[:1])
@@ -34,17 +37,18 @@ def detector_card(
         "",
         "## Fitted on",
         "",
-        f"- {num_fitted} normal items of {num_groups} patients or parts, seed {seed}",
+        f"- {num_fitted} normal items of {num_groups} patients or parts, {origin}",
         *_domain_lines(domain),
         "",
         "An item unlike these is refused: another modality, axes or number of channels, or a "
         "spacing or size more than a factor of two beyond the range.",
         "",
+        *_note_lines(detector.notes),
         "## Preprocessing",
         "",
         *(f"- {name}: {value}" for name, value in preprocessing.to_dict().items() if value),
         "",
-        "## Calibration",
+        _CALIBRATION,
         "",
         *_calibration_lines(calibration),
         "",
@@ -57,6 +61,37 @@ def detector_card(
         "again where scanner, protocol, camera or population change.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def recalibrated_card(card: str, calibration: Calibration) -> str:
+    """The card with what another calibration says; the rest stays as it is."""
+    before, _, rest = card.partition(f"{_CALIBRATION}\n")
+    after = rest[max(0, rest.find("\n## ")) :]
+    return "\n".join([f"{before}{_CALIBRATION}", "", *_calibration_lines(calibration), after])
+
+
+def flat_notes(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested notes under dotted names; the entries of a list are numbered."""
+    found: dict[str, Any] = {}
+    for name, value in notes.items():
+        if isinstance(value, (list, tuple)):
+            value = {str(place): entry for place, entry in enumerate(value)}
+        if isinstance(value, Mapping):
+            found |= {f"{name}.{inner}": entry for inner, entry in flat_notes(value).items()}
+        else:
+            found[name] = value
+    return found
+
+
+def _note_lines(notes: Mapping[str, Any]) -> list[str]:
+    """What the fit chose; nothing where it made no choice."""
+    if not notes:
+        return []
+    lines = [
+        f"- {name}: {f'{value:.4g}' if isinstance(value, float) else value}"
+        for name, value in flat_notes(notes).items()
+    ]
+    return ["## Chosen in the fit, without labels", "", *lines, ""]
 
 
 def _named(encoder: Encoder) -> str:
@@ -81,6 +116,18 @@ def _range(seen: Mapping[str, Sequence[float]]) -> str:
 
 
 def _calibration_lines(calibration: Calibration) -> list[str]:
+    held_out = f"- held-out normal items: {len(calibration.scores)} ({calibration.method})"
+    if calibration.by is not None:
+        return [
+            f"- false-alarm rate: {calibration.rate:g}, for each {calibration.by} by itself",
+            held_out,
+            *(
+                f"- {calibration.by} {name}: {_site(site)}"
+                for name, site in calibration.sites.items()
+            ),
+            "",
+            calibration.guarantee,
+        ]
     if not calibration.calibrated:
         return [
             f"Not calibrated for a false-alarm rate of {calibration.rate:g}: scores have no "
@@ -89,9 +136,18 @@ def _calibration_lines(calibration: Calibration) -> list[str]:
         ]
     return [
         f"- false-alarm rate: {calibration.rate:g}",
-        f"- held-out normal items: {len(calibration.scores)} ({calibration.method})",
+        held_out,
         f"- threshold of the score: {calibration.threshold:.6g}",
         f"- threshold of the map: {calibration.map_threshold:.6g}",
         "",
         calibration.guarantee,
     ]
+
+
+def _site(calibration: Calibration) -> str:
+    if not calibration.calibrated:
+        return f"{len(calibration.scores)} held-out items, {calibration.missing} too few"
+    return (
+        f"{len(calibration.scores)} held-out items, threshold of the score "
+        f"{calibration.threshold:.6g}, of the map {calibration.map_threshold:.6g}"
+    )

@@ -1,29 +1,27 @@
 """`medssl evaluate`: how well scores and maps agree with labels and masks, with intervals."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import tee
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anomaly.metrics import PixelScores
-from medssl.data.geometry import resample
-from medssl.data.manifest import Item, Manifest, build_manifest, load_sample
-from medssl.data.readers.any import read_image
-from medssl.metrics import OneClassError, auroc, average_precision, bootstrap
+from anomaly.calibration import Calibration
+from medssl.data.manifest import Item, Manifest, build_manifest
+from medssl.metrics import OneClassError, auroc, average_precision, bootstrap, f1, f1_max
 from pipelines.console import say, table
-from pipelines.journal import read_header, write_whole
+from pipelines.journal import write_whole
+from pipelines.leakage import demand_new, overlap_with
+from pipelines.map_metrics import Draws, ScoredMaps, map_metrics, map_thresholds, with_truth
 from pipelines.record import recorded, resolve
 from pipelines.report.page import METRICS, write_report
-from pipelines.score import Row, identity, labels_of, read_rows, score_manifest
-from pipelines.scoring import check_ranks_anomalies
+from pipelines.score import Row, labels_of, read_rows, score_again, sites_of
+from pipelines.scoring import check_ranks_anomalies, read_calibration
 
-FPR_LIMIT = 0.3
 REPEATS = 1000
 _WILSON = "Wilson's 95 % interval"
 
@@ -35,6 +33,8 @@ def evaluate(
     *,
     select: str | None = None,
     groups: str | None = None,
+    site: str | None = None,
+    allow_seen: bool = False,
     device: str = "auto",
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -48,21 +48,28 @@ def evaluate(
         out: folder for the scores, or one that `medssl score` filled; metrics.json is added.
         select: only items for which this expression over manifest columns holds.
         groups: FILE:COLUMN that names each picture's patient or part.
+        site: FILE:COLUMN that names the site of each item, as for `medssl score`.
+        allow_seen: go on where the model was fitted, pretrained or calibrated on some of the
+            images, or on others of their patients or parts.
         device: "auto", "cpu", "cuda" or "cuda:1".
         seed: seeds the bootstrap.
     """
     arguments = dict(locals())
     manifest = build_manifest(path, groups=groups)
+    sites = None if site is None else sites_of(manifest, site, path)
     if select is not None:
         manifest = manifest.select(select)
     folder = resolve(model)
     check_ranks_anomalies(folder)
     judged = judged_part(manifest)
+    overlap = overlap_with(folder, judged)
+    demand_new(overlap, "images to evaluate on", allow_seen=allow_seen)
     with recorded("evaluate", arguments) as run:
         run.manifest(judged)
-        summary = _score(manifest, judged, folder, out, device)
+        summary = score_again(manifest, judged, folder, out, sites=sites, device=device)
         rows = read_rows(out)
-        found = measure(judged, rows, out, seed=seed)
+        found = measure(judged, rows, out, calibration=read_calibration(folder), seed=seed)
+        found["overlap"] = overlap.to_dict()
         write_whole(out / "metrics.json", json.dumps(found, indent=1))
         write_report(out, rows, folder, labels_of(manifest), found)
         run.metrics({name: found[name] for name in METRICS if name in found})
@@ -92,10 +99,18 @@ def judged_part(manifest: Manifest) -> Manifest:
     return replace(manifest, items=items)
 
 
-def measure(manifest: Manifest, rows: Sequence[Row], out: Path, *, seed: int = 0) -> dict[str, Any]:
+def measure(
+    manifest: Manifest,
+    rows: Sequence[Row],
+    out: Path,
+    *,
+    calibration: Calibration | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Every metric that labels and masks allow, and under "skipped" why the others are missing.
 
     rows: of a finished run in `out`; those of other items are left aside.
+    calibration: of the model, for what its map threshold finds.
     """
     by_item = {item.item: item for item in manifest.images}
     scored = [row for row in rows if row["item"] in by_item and row["status"] == "ok"]
@@ -113,22 +128,12 @@ def measure(manifest: Manifest, rows: Sequence[Row], out: Path, *, seed: int = 0
         else "bootstrap of whole patients or parts",
         "skipped": {},
     }
+    draws = Draws(groups, REPEATS, seed)
+    found["num_without_verdict"] = sum(row["anomalous"] is None for row in scored)
     found |= _image_metrics(scored, labels, groups, seed, found["skipped"])
     found |= _rates(scored, labels, groups, seed, found["skipped"])
-    found |= _pixel_metrics(manifest, items, scored, out, seed, found["skipped"])
+    found |= _map_metrics(manifest, items, scored, out, calibration, draws, found["skipped"])
     return found
-
-
-def _score(
-    manifest: Manifest, judged: Manifest, folder: Path, out: Path, device: str
-) -> dict[str, Any]:
-    """Continue or reuse what lies in `out`, be it of all items or of those that count."""
-    begun = read_header(out / "journal")
-    if begun is None:
-        return score_manifest(judged, folder, out, device=device)
-    whole = begun["manifest"] == identity(manifest)
-    settings = {name: begun[name] for name in ("force", "batch_size")}
-    return score_manifest(manifest if whole else judged, folder, out, device=device, **settings)
 
 
 def _image_metrics(
@@ -141,13 +146,24 @@ def _image_metrics(
     scores = torch.tensor([row["score"] for row in scored])
     draw = partial(bootstrap, groups=groups, repeats=REPEATS, seed=seed)
     try:
-        return {
+        found = {
             "image_auroc": draw(auroc, scores, labels).to_dict(),
             "image_average_precision": draw(average_precision, scores, labels).to_dict(),
+            "image_f1_max_oracle": draw(f1_max, scores, labels).to_dict(),
         }
     except OneClassError as error:
         skipped["image metrics"] = str(error)
         return {}
+    above = [row["anomalous"] for row in scored]
+    if None in above:
+        skipped["image_f1"] = (
+            "the model is not calibrated"
+            if all(verdict is None for verdict in above)
+            else "some items are of a site without a threshold"
+        )
+    else:
+        found["image_f1"] = draw(f1, torch.tensor(above), labels).to_dict()
+    return found
 
 
 def _rates(
@@ -157,17 +173,21 @@ def _rates(
     seed: int,
     skipped: dict[str, str],
 ) -> dict[str, Any]:
-    """Shares above the calibrated threshold among normal and among anomalous items."""
+    """Shares above the calibrated threshold among normal and among anomalous items.
+
+    Items without a verdict, of a site that the model has no threshold for, do not count.
+    """
     found = {}
     for name, label in (("false_alarm_rate", 0), ("recall", 1)):
         chosen = [place for place, known in enumerate(labels.tolist()) if known == label]
-        above = [scored[place]["anomalous"] for place in chosen]
+        with_verdict = [place for place in chosen if scored[place]["anomalous"] is not None]
+        above = [scored[place]["anomalous"] for place in with_verdict]
         if not chosen:
             skipped[name] = f"there is no {'anomalous' if label else 'normal'} item"
-        elif None in above:
+        elif not above:
             skipped[name] = "the model is not calibrated"
         else:
-            found[name] = _rate(above, [groups[place] for place in chosen], seed)
+            found[name] = _rate(above, [groups[place] for place in with_verdict], seed)
     return found
 
 
@@ -187,52 +207,23 @@ def _share(flags: Tensor) -> float:
     return float(flags.mean())
 
 
-def _pixel_metrics(
+def _map_metrics(
     manifest: Manifest,
     items: Sequence[Item],
     scored: Sequence[Row],
     out: Path,
-    seed: int,
+    calibration: Calibration | None,
+    draws: Draws,
     skipped: dict[str, str],
 ) -> dict[str, Any]:
-    """On the source grid; normal items count as unmarked, anomalous ones without a mask do not."""
-    if any(row["map_path"] is None for row in scored):
-        skipped["pixel metrics"] = "a classifier gives no maps"
+    places, reason = with_truth(manifest, items, scored)
+    if reason is not None:
+        skipped["pixel metrics"] = reason
         return {}
-    chosen = [
-        (item, row)
-        for item, row in zip(items, scored, strict=True)
-        if item.label == 0 or manifest.mask_of(item) is not None
-    ]
-    if not any(item.label for item, _ in chosen):
-        skipped["pixel metrics"] = "no anomalous item has a mask"
-        return {}
-    first, second = tee(_maps_and_masks(manifest, chosen, out))  # in step: one map at a time
-    maps, masks = (values for values, _ in first), (mask for _, mask in second)
-    groups = [item.group or item.item for item, _ in chosen]
-    try:
-        found = PixelScores(maps, masks).intervals(
-            groups, fpr_limit=FPR_LIMIT, repeats=REPEATS, seed=seed
-        )
-    except OneClassError as error:
-        skipped["pixel metrics"] = str(error)
-        return {}
-    return {name: interval.to_dict() for name, interval in found.items()}
-
-
-def _maps_and_masks(
-    manifest: Manifest, chosen: Sequence[tuple[Item, Row]], out: Path
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Raw map and mask of each item on the source's grid, one at a time."""
-    for item, row in chosen:
-        values = read_image(out / row["map_path"]).pixels[0]
-        mask = None
-        if manifest.mask_of(item) is not None:
-            sample = load_sample(manifest, item)
-            assert sample.mask is not None
-            marked = resample(sample.mask, to=sample.images["image"], mode="nearest", outside=0.0)
-            mask = marked.pixels[0].reshape(values.shape) > 0.5
-        yield values, mask
+    chosen = [(items[place], scored[place]) for place in places]
+    thresholds = map_thresholds(calibration, [row for _, row in chosen])
+    maps = ScoredMaps(manifest, chosen, out)
+    return map_metrics(maps, thresholds, draws.of(places), skipped)
 
 
 def _tell(found: Mapping[str, Any]) -> None:
@@ -243,5 +234,7 @@ def _tell(found: Mapping[str, Any]) -> None:
     ]
     title = f"{found['num_normal']} normal and {found['num_anomalous']} anomalous items"
     table(("metric", "value", "low", "high"), rows, title)
+    if found.get("pixel_form") == "binned":
+        say("pixel metrics are of pixels counted in bins, which moves them by less than 0.001")
     for name, reason in found["skipped"].items():
         say(f"not computed: {name}, {reason}")

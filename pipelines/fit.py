@@ -1,37 +1,38 @@
 """`medssl fit`: a detector from normal images, calibrated on normal images it has not seen."""
 
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
-from itertools import chain
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import torch
-from torch.utils.data import Subset
-
-from anomaly.base import Detector, NormalData
+from anomaly.base import Detector
 from anomaly.calibration import Calibration
-from medssl.data.dataset import PreparedSamples
-from medssl.data.domain import learn_domain
-from medssl.data.image import Image
-from medssl.data.manifest import Item, Manifest, NoDataError, build_manifest, load_sample
+from anomaly.learning import StoppedError
+from medssl.data.manifest import Manifest, build_manifest
 from medssl.data.preprocess import Preprocessing
-from medssl.data.readers.errors import ReadError
-from medssl.data.sample import Sample
-from medssl.models.encoder import Encoder, seen_by_encoders
+from medssl.distributed import rank
+from medssl.models.encoder import Encoder
 from medssl.models.folder import digest, save_model, selftest_noise
 from pipelines import record
-from pipelines.card import detector_card
-from pipelines.console import Progress, progress, say
-from pipelines.device import choose_device
-from pipelines.normals import Goal, Plan, account, make_plan, normal_items, num_groups
-from pipelines.scoring import Scorer
+from pipelines.card import detector_card, flat_notes
+from pipelines.console import progress, say
+from pipelines.fitting import (
+    Fitting,
+    NormalScore,
+    calibration_from,
+    check_out,
+    check_work,
+    learns,
+    one_group,
+    own_device,
+    remove_work,
+)
+from pipelines.leakage import FILE, History, Overlap, compare, demand_new, traces
+from pipelines.normals import Goal, Plan, account, make_plan, normal_items, read_hashes
 
 _METRICS = ("num_fitted", "num_calibration", "threshold", "map_threshold", "failed", "seconds")
 _MOST_NAMED = 20
+_STOPPED = "stopped as asked, and saved; --resume goes on from here"
 
 
 def fit(
@@ -46,8 +47,11 @@ def fit(
     groups: str | None = None,
     select: str | None = None,
     max_train: int | None = None,
+    allow_seen: bool = False,
     register: str | None = None,
+    resume: bool = False,
     batch_size: int = 8,
+    workers: int | None = None,
     device: str = "auto",
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -57,10 +61,13 @@ def fit(
     that are not labelled anomalous. Images of the test side are never opened. Images that the
     encoder was pretrained on are fitted on, and never calibrate: it finds them too normal.
 
+    A detector that trains a network keeps checkpoints in OUT.work until it is saved. On several
+    GPUs: torchrun --nproc-per-node 4 --no-python medssl fit ...; the batch is shared among them.
+
     Args:
         data: a folder, a file, or a manifest written by `medssl manifest`.
         detector: what to fit.
-        out: folder for the fitted detector; must not exist.
+        out: folder for the fitted detector; must not exist, unless with --resume.
         preprocessing: from the source's units to the network's; by default the encoder's own.
         calibration: normals for the threshold: "split" holds out 30 % of them, or as many as the
             rate needs while at least half stay for fitting; "cross" scores each in one of five
@@ -70,45 +77,81 @@ def fit(
         groups: FILE:COLUMN that names each picture's patient or part.
         select: only items for which this expression over manifest columns holds.
         max_train: use a random choice of at most this many normals.
+        allow_seen: go on where the test side holds copies of images to fit on, as far as the
+            manifest's hashes tell, or other images of their patients or parts.
         register: name under which the detector is registered in MLflow.
+        resume: go on from the last checkpoints where there are some, with the result of an
+            undisturbed fit; does nothing where OUT is finished.
         batch_size: images per batch.
+        workers: processes that make the views of a training; the result does not depend on them.
+            Auto by default.
         device: "auto", "cpu", "cuda" or "cuda:1".
         seed: seeds the choice of normals, the splits and the detector's random numbers.
     """
     arguments = dict(locals())
+    if resume and out.exists():
+        say(f"{out} is finished; nothing to do")
+        return {"model": str(out.absolute()), "finished": True, "failed": 0}
     check_out(out)
+    if rank() == 0 and learns(detector):
+        check_work(out, resume=resume)
     preprocessing = choose_preprocessing(detector, preprocessing)
-    detector.to(choose_device(device))
+    detector.to(own_device(device))
     manifest = build_manifest(data, groups=groups)
     normals = normal_items(manifest, select=select, max_train=max_train, seed=seed)
     apart = build_manifest(calibration, groups=groups) if isinstance(calibration, Path) else None
     say(account(manifest, normals))
     goal = Goal("path" if isinstance(calibration, Path) else calibration, rate, require_calibration)
     goal.check(goal.shortfall(len(normals if apart is None else normal_items(apart))))
-    with record.recorded("fit", arguments) as run:
-        run.manifest(manifest)
-        work = _Work(manifest, normals, detector, preprocessing, out, batch_size, seed)
-        result = _fit(work, goal, apart)
-        run.metrics({name: result[name] for name in _METRICS})
-        run.artifact(out / "card.md")
-        if register is not None:
-            result["registered"] = record.register(out, register, run).version
-    _tell(result, goal)
+    work = Fitting(
+        manifest,
+        normals,
+        detector,
+        preprocessing,
+        out,
+        batch_size=batch_size,
+        workers=workers,
+        seed=seed,
+    )
+    asked = _Asked(goal, apart, allow_seen=allow_seen, register=register)
+    with one_group():
+        if rank() > 0:  # the first process calibrates, records and saves
+            return _fit_beside(work, asked)
+        result = _recorded(arguments, work, asked)
+    if result["finished"]:
+        _tell(result, goal)
     return result
 
 
-def check_out(out: Path) -> None:
-    """Raises FileExistsError where `out` exists, PermissionError where it could not be written."""
-    if out.exists():
-        raise FileExistsError(f"{out} exists; choose another --out or remove it first")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent):
-            pass
-    except OSError as error:
-        raise PermissionError(
-            f"cannot write into {out.parent} ({error.strerror}); choose another --out"
-        ) from error
+@dataclass(frozen=True)
+class _Asked:
+    """What is wanted beyond a fit.
+
+    apart: further normals that calibrate; None where they are held out.
+    """
+
+    goal: Goal
+    apart: Manifest | None
+    allow_seen: bool
+    register: str | None
+
+
+def _recorded(arguments: Mapping[str, Any], work: Fitting, asked: _Asked) -> dict[str, Any]:
+    with record.recorded("fit", arguments) as run:
+        run.manifest(work.manifest)
+        try:
+            result = _fit(work, asked)
+        except StoppedError:
+            say(_STOPPED)
+            run.tags({"stopped": True})
+            return {"model": None, "finished": False, "failed": len(work.errors) + 1}
+        run.metrics({name: result[name] for name in _METRICS})
+        run.metrics(_numbers(result["notes"]), prefix="notes.")
+        run.artifact(work.out / "card.md")
+        if asked.register is not None:
+            result["registered"] = record.register(work.out, asked.register, run).version
+        remove_work(work.out)
+    return result
 
 
 def choose_preprocessing(detector: Detector, given: Preprocessing | None) -> Preprocessing:
@@ -138,131 +181,25 @@ def choose_preprocessing(detector: Detector, given: Preprocessing | None) -> Pre
     return chosen
 
 
-class _Work:
-    """One detector and its normals: what was read, fitted and scored, and what failed.
-
-    items: the usable normals. hashes: their pixel hashes by item. domain: learnt from them.
-    seen: what the detector's encoder was pretrained on.
-    """
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        items: Sequence[Item],
-        detector: Detector,
-        preprocessing: Preprocessing,
-        out: Path,
-        batch_size: int,
-        seed: int,
-    ) -> None:
-        self.manifest, self.detector, self.out = manifest, detector, out
-        self.preprocessing, self.batch_size, self.seed = preprocessing, batch_size, seed
-        self.seen = seen_by_encoders(detector)
-        self.errors: list[dict[str, str]] = []
-        self.seconds: dict[str, float] = {}
-        self.items: list[Item] = []
-        self.domain: dict[str, Any] = {}
-        self._raw: list[Sample] = []
-        self.samples = PreparedSamples(
-            manifest, items, preprocessing, hashes=True, on_read=self._raw.append
-        )
-        self.hashes = self.samples.pixel_hashes
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the wall time of the block to `seconds[name]`."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
-    def read(self) -> None:
-        """Read every normal once; raises NoDataError where none can be used."""
-        with self.timed("read"), progress(len(self.samples), "reading") as bar:
-            images = self._images(bar)
-            first = next(images, None)
-            if first is None:
-                raise NoDataError(
-                    f"none of the {len(self.samples)} normal images can be used; "
-                    f"the first: {self.errors[0]['reason']}"
-                )
-            self.domain = learn_domain(chain([first], images))
-        self.samples.on_read = None  # what did not fit into memory is read again, and not watched
-
-    def fit(self, items: Sequence[Item]) -> None:
-        """Fit the detector anew; equal items give an equal detector."""
-        rows = {item.item: row for row, item in enumerate(self.samples.items)}
-        part = Subset(cast(Any, self.samples), [rows[item.item] for item in items])
-        torch.manual_seed(self.seed)
-        normal = NormalData(cast(Sequence[Sample], part), batch_size=self.batch_size)
-        place = tempfile.TemporaryDirectory(prefix=f".{self.out.name}.", dir=self.out.parent)
-        with self.timed("fit"), place as workdir:
-            self.detector.fit(normal, workdir=Path(workdir))
-
-    def scores(
-        self, manifest: Manifest, items: Sequence[Item], bar: Progress
-    ) -> list[tuple[float, float]]:
-        """Score, and map maximum on the source's grid, of each item that can be scored."""
-        device = next((one.device for one in self.detector.parameters()), torch.device("cpu"))
-        scorer = Scorer.from_parts(
-            self.detector, self.preprocessing, domain=self.domain, device=device
-        )
-        found = []
-        with self.timed("calibrate"):
-            for item in items:
-                try:
-                    scored = scorer.score([load_sample(manifest, item)])[0]
-                    assert scored.map is not None  # a detector's
-                    found.append((scored.score, _largest(scored.map)))
-                except (ReadError, ValueError) as error:
-                    self.failed(item, error)
-                bar.advance(1)
-        return found
-
-    def failed(self, item: Item, error: Exception) -> None:
-        """Remember why an item is left out; a third party's words might name a path."""
-        ours = type(error).__module__.split(".")[0] in ("medssl", "anomaly", "pipelines")
-        known = ours or isinstance(error, ValueError)
-        reason = str(error) if known else f"reading failed with {type(error).__name__}"
-        self.errors.append({"item": item.item, "reason": reason})
-
-    def _images(self, bar: Progress) -> Iterator[Image]:
-        """The usable normals as they are read."""
-        for row, item in enumerate(self.samples.items):
-            try:
-                image = self.samples[row].images["image"]
-                _check_axes(image, self.detector)
-            except Exception as error:  # one bad file never ends a batch job
-                self.failed(item, error)
-            else:
-                self.items.append(item)
-                yield self._raw[-1].images["image"]
-            self._raw.clear()
-            bar.advance(1)
-
-
-def _fit(work: _Work, goal: Goal, apart: Manifest | None) -> dict[str, Any]:
-    work.read()
-    if work.seen.foreign:
-        say(
-            "the encoder's patients or parts were salted with another key (MEDSSL_KEY_FILE): only "
-            "its pictures are compared with yours, not its patients"
-        )
-    if apart is None:
-        _tell_seen(work)
-        plan = make_plan(work.items, work.hashes, goal, seen=work.seen, seed=work.seed)
-        count = len(work.items)
-    else:
-        plan = Plan(fitted=work.items, scored=_read_apart(work, apart))
-        count = len(plan.scored)
-    goal.check(goal.missing(count, len(plan.calibrating)))
-    calibration = _calibrated(work, plan, goal, apart or work.manifest)
-    missing = goal.missing(count, len(calibration.scores))
+def _fit(work: Fitting, asked: _Asked) -> dict[str, Any]:
+    plan, hashes, overlap = _planned(work, asked)
+    found = _fitted(work, plan, asked.apart or work.manifest)
+    goal, missing = asked.goal, _missing(work, asked, plan, len(found))
     goal.check(missing)
+    history = History(
+        fitted=traces(plan.fitted, work.hashes),
+        calibration=traces([one.item for one in found], hashes),
+        pretrained=work.seen,
+    )
+    calibration = calibration_from(
+        found, rate=goal.rate, method=goal.method, fitted_on=history.learnt_from
+    )
     with work.timed("save"):
-        _save(work, plan, calibration)
+        _save(work, calibration, history)
     return {
         "model": str(work.out.absolute()),
         "digest": digest(work.out),
+        "finished": True,
         "num_fitted": len(plan.fitted),
         "num_calibration": len(calibration.scores),
         "calibrated": calibration.calibrated,
@@ -271,6 +208,8 @@ def _fit(work: _Work, goal: Goal, apart: Manifest | None) -> dict[str, Any]:
         "map_threshold": calibration.map_threshold,
         "missing": missing,
         "guarantee": calibration.guarantee,
+        "notes": dict(work.detector.notes),
+        "overlap": overlap.to_dict(),
         "seconds": {name: round(seconds, 3) for name, seconds in work.seconds.items()},
         "failed": len(work.errors),
         "errors": work.errors,
@@ -278,64 +217,93 @@ def _fit(work: _Work, goal: Goal, apart: Manifest | None) -> dict[str, Any]:
     }
 
 
-def _read_apart(work: _Work, manifest: Manifest) -> list[Item]:
-    """The usable calibration normals; raises ValueError where the detector will have seen one."""
-    groups = {item.group for item in work.items if item.group is not None}
-    fitted, usable = set(work.hashes.values()), []
-    copies, related, hashes = 0, 0, dict[str, str]()
-    normals = normal_items(manifest)
-    with progress(len(normals), "reading calibration normals") as bar:
-        for item in normals:
-            try:
-                image = load_sample(manifest, item, hashes=True).images["image"]
-            except Exception as error:  # one bad file never ends a batch job
-                work.failed(item, error)
-            else:
-                usable.append(item)
-                hashes[item.item] = image.provenance["pixel_sha256"]
-                copies += hashes[item.item] in fitted
-                related += item.group in groups
-            bar.advance(1)
-    pretrained = len(work.seen.known(usable, hashes))
-    if copies or related or pretrained:
-        raise ValueError(
-            f"calibration normals must be new to the detector: {copies} of {len(normals)} have the "
-            f"same pixels as a normal to fit on, {related} are of the same patient or part, and "
-            f"{pretrained} were seen when its encoder was pretrained; take them out of one of the "
-            "two"
+def _fit_beside(work: Fitting, asked: _Asked) -> dict[str, Any]:
+    """The same fits as the first process, and nothing else."""
+    plan, _, _ = _planned(work, asked)
+    try:
+        _fitted(work, plan, asked.apart or work.manifest)
+    except StoppedError:
+        return {"model": None, "finished": False, "failed": 0}
+    return {"model": None, "finished": True, "failed": 0}
+
+
+def _planned(work: Fitting, asked: _Asked) -> tuple[Plan, Mapping[str, str], Overlap]:
+    """Read the normals and say what becomes of each.
+
+    Returns the plan, the pixel hashes of what it calibrates with, and what of the test side is
+    known. Raises LeakageError, and ValueError where calibration is required and out of reach.
+    """
+    work.read()
+    if work.seen.foreign:
+        say(
+            "the encoder's patients or parts were salted with another key (MEDSSL_KEY_FILE): only "
+            "its pictures are compared with yours, not its patients"
         )
-    return usable
+    overlap = _test_overlap(work)
+    demand_new(overlap, "test images", allow_seen=asked.allow_seen)
+    if asked.apart is None:
+        _tell_seen(work)
+        hashes = work.hashes
+        plan = make_plan(work.items, hashes, asked.goal, seen=work.seen, seed=work.seed)
+    else:
+        hashes = _read_apart(work, asked.apart)
+        usable = [item for item in normal_items(asked.apart) if item.item in hashes]
+        plan = Plan(fitted=work.items, scored=usable)
+    asked.goal.check(_missing(work, asked, plan, len(plan.calibrating)))
+    return plan, hashes, overlap
 
 
-def _calibrated(work: _Work, plan: Plan, goal: Goal, manifest: Manifest) -> Calibration:
-    """Fit as planned, and calibrate with the scores of items the fits have not seen."""
-    pairs: list[tuple[float, float]] = []
+def _missing(work: Fitting, asked: _Asked, plan: Plan, num_scores: int) -> int:
+    """How many more normals it takes, with this many scores."""
+    count = len(work.items if asked.apart is None else plan.scored)
+    return asked.goal.missing(count, num_scores)
+
+
+def _test_overlap(work: Fitting) -> Overlap:
+    """Which images of the test side the detector will know, from what the manifest says of them."""
+    test = [item for item in work.manifest.images if item.split == "test"]
+    hashes = {item.item: item.pixel_sha256 for item in test if item.pixel_sha256 is not None}
+    return compare(test, hashes, _read_so_far(work))
+
+
+def _read_apart(work: Fitting, manifest: Manifest) -> dict[str, str]:
+    """Pixel hash by item of the usable calibration normals.
+
+    Raises LeakageError where the detector will have seen one.
+    """
+    normals = normal_items(manifest)
+    hashes = read_hashes(manifest, normals, "reading calibration normals", work.errors)
+    usable = [item for item in normals if item.item in hashes]
+    found = compare(usable, hashes, _read_so_far(work))
+    found.refuse("calibration normals", "take them out of one of the two")
+    return hashes
+
+
+def _read_so_far(work: Fitting) -> History:
+    """As if every normal that was read were fitted on."""
+    return History(fitted=traces(work.items, work.hashes), pretrained=work.seen)
+
+
+def _fitted(work: Fitting, plan: Plan, manifest: Manifest) -> list[NormalScore]:
+    """Fit as planned, the final fit last; what the fits say of items that they have not seen."""
+    found: list[NormalScore] = []
     if plan.folds:
         with progress(len(plan.calibrating), f"fitting and scoring {len(plan.folds)} folds") as bar:
-            for fitted, scored in plan.folds:
-                work.fit(fitted)
-                pairs += work.scores(work.manifest, scored, bar)
+            for place, (fitted, scored) in enumerate(plan.folds):
+                work.fit(fitted, f"fold{place}")
+                if rank() == 0:
+                    found += work.scores(work.manifest, scored, bar)
     with progress(len(plan.fitted), "fitting") as bar:
-        work.fit(plan.fitted)
+        work.fit(plan.fitted, "final")
         bar.advance(len(plan.fitted))
-    if plan.scored:
+    if plan.scored and rank() == 0:
         with progress(len(plan.scored), "calibrating") as bar:
-            pairs += work.scores(manifest, plan.scored, bar)
-    return Calibration.from_scores(
-        [score for score, _ in pairs],
-        [maximum for _, maximum in pairs],
-        rate=goal.rate,
-        method=goal.method,
-        fitted_on=work.seen.pixels | {work.hashes[item.item] for item in plan.fitted},
-        num_groups=num_groups(plan.calibrating),
-    )
+            found += work.scores(manifest, plan.scored, bar)
+    return found
 
 
-def _save(work: _Work, plan: Plan, calibration: Calibration) -> None:
+def _save(work: Fitting, calibration: Calibration, history: History) -> None:
     image = work.samples[work.samples.items.index(work.items[0])].images["image"]
-    shape = [2, *image.pixels.shape]
-    if image.axes == "DHW":
-        shape[0], shape[2] = 1, min(2, shape[2])  # a thin slab tells as much as a volume
     save_model(
         work.out,
         work.detector,
@@ -347,16 +315,16 @@ def _save(work: _Work, plan: Plan, calibration: Calibration) -> None:
             preprocessing=work.preprocessing,
             domain=work.domain,
             calibration=calibration,
-            num_fitted=len(plan.fitted),
-            num_groups=num_groups(plan.fitted),
-            seed=work.seed,
+            num_fitted=len(history.fitted),
+            num_groups=history.num_groups,
+            origin=f"seed {work.seed}",
         ),
-        noise=selftest_noise(shape),
-        files={"calibration.json": calibration.to_dict()},
+        noise=selftest_noise(work.detector.selftest_shape(image.pixels.shape)),
+        files={"calibration.json": calibration.to_dict(), FILE: history.to_dict()},
     )
 
 
-def _tell_seen(work: _Work) -> None:
+def _tell_seen(work: Fitting) -> None:
     count = len(work.seen.known(work.items, work.hashes))
     if count:
         say(
@@ -366,21 +334,10 @@ def _tell_seen(work: _Work) -> None:
         )
 
 
-def _check_axes(image: Image, detector: Detector) -> None:
-    if image.axes != detector.axes:
-        advice = "; wrap it in anomaly.slicewise.Slicewise" if image.axes == "DHW" else ""
-        raise ValueError(
-            f"{type(detector).__name__} takes images with axes {detector.axes}, "
-            f"this one has {image.axes}{advice}"
-        )
-
-
-def _largest(values: Image) -> float:
-    """The largest value of a map, leaving out NaN."""
-    known = values.pixels[~values.pixels.isnan()]
-    if len(known) == 0:
-        raise ValueError("its anomaly map has no value anywhere")
-    return float(known.max())
+def _numbers(notes: Mapping[str, Any]) -> dict[str, float]:
+    """What of the notes can be a metric."""
+    flat = flat_notes(notes)
+    return {name: value for name, value in flat.items() if isinstance(value, (int, float))}
 
 
 def _tell(result: Mapping[str, Any], goal: Goal) -> None:

@@ -29,18 +29,29 @@ def list() -> dict[str, Any]:  # noqa: A001 the job's name is the command's
 
 
 def _methods(contract: str) -> Iterator[dict[str, str]]:
-    """Classes that name the contract as their base, without importing any of them."""
+    """Classes below the contract that give an example, without importing any of them."""
     package, top = PACKAGES[contract]
     root = Path(top.__path__[0]).parent
-    for file in root.joinpath(*package.split(".")).rglob("*.py"):
-        module = ".".join(file.relative_to(root).with_suffix("").parts)
-        for node in ast.parse(file.read_text()).body:
-            if isinstance(node, ast.ClassDef) and contract in map(_name, node.bases):
-                yield {
-                    "kind": contract.lower(),
-                    "class_path": f"{module}.{node.name}",
-                    "what": (ast.get_docstring(node) or "").partition("\n")[0],
-                }
+    classes = {
+        node.name: (".".join(file.relative_to(root).with_suffix("").parts), node)
+        for file in root.joinpath(*package.split(".")).rglob("*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def below(node: ast.ClassDef) -> bool:
+        names = [_name(base) for base in node.bases]
+        return any(
+            name == contract or (name in classes and below(classes[name][1])) for name in names
+        )
+
+    for name, (module, node) in classes.items():
+        if below(node) and any(getattr(one, "name", None) == "example" for one in node.body):
+            yield {
+                "kind": contract.lower(),
+                "class_path": f"{module}.{name}",
+                "what": (ast.get_docstring(node) or "").partition("\n")[0],
+            }
 
 
 def _name(base: ast.expr) -> str:

@@ -1,15 +1,16 @@
-"""Which images are normal, and which of them are fitted on, held out or folded."""
+"""Which images are normal and can be read, and which are fitted on, held out or folded."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
 
 from anomaly.calibration import Method, required_normals
-from medssl.data.manifest import Item, Manifest, NoDataError
+from medssl.data.manifest import Item, Manifest, NoDataError, load_sample
 from medssl.data.seen import Seen
 from medssl.data.split import folds_by_group, split_by_group
+from pipelines.console import progress
 
 HELD_OUT = 0.3
 FOLDS = 5
@@ -38,6 +39,36 @@ def normal_items(
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(normals), generator=generator)[:max_train]
     return [normals[index] for index in chosen.sort().values.tolist()]
+
+
+def read_hashes(
+    manifest: Manifest, items: Sequence[Item], what: str, errors: list[dict[str, str]]
+) -> dict[str, str]:
+    """Pixel hash by item, as the manifest knows it, else read; what cannot be is added to `errors`.
+
+    what: the work in a few words, for the progress.
+    """
+    hashes = {item.item: item.pixel_sha256 for item in items if item.pixel_sha256 is not None}
+    bare = replace(manifest, items=manifest.images)  # masks and their faults are not looked at
+    with progress(len(items), what) as bar:
+        bar.advance(len(hashes))
+        for item in (item for item in items if item.pixel_sha256 is None):
+            try:
+                image = load_sample(bare, item, hashes=True).images["image"]
+            except Exception as error:  # one bad file never ends a batch job
+                errors.append(left_out(item, error))
+            else:
+                hashes[item.item] = image.provenance["pixel_sha256"]
+            bar.advance(1)
+    return hashes
+
+
+def left_out(item: Item, error: Exception) -> dict[str, str]:
+    """Which item is left out, and why; a third party's words might name a path."""
+    ours = type(error).__module__.split(".")[0] in ("medssl", "anomaly", "pipelines")
+    known = ours or isinstance(error, ValueError)
+    reason = str(error) if known else f"reading failed with {type(error).__name__}"
+    return {"item": item.item, "reason": reason}
 
 
 def account(manifest: Manifest, normals: Sequence[Item]) -> str:

@@ -387,7 +387,7 @@ def _signature() -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types.schema import ColSpec, Schema
 
-    given = [("binary", "content"), ("string", "path")]
+    given = [("binary", "content"), ("string", "path"), ("string", "site")]
     told = [
         *(("double", "score"), ("double", "p_value"), ("double", "threshold")),
         *(("boolean", "anomalous"), ("string", "status"), ("string", "error")),

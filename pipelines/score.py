@@ -1,10 +1,9 @@
 """`medssl score`: verdicts, maps, overlays and a report for a folder of images."""
 
-import csv
 import hashlib
-import io
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,29 +11,37 @@ from typing import Any
 
 import torch
 
+from medssl.data.groups import read_column
 from medssl.data.image import Image
 from medssl.data.manifest import Item, Manifest, NoDataError, build_manifest, load_sample
+from medssl.data.privacy import salted
 from medssl.data.readers.errors import ReadError
 from medssl.data.sample import Sample
 from medssl.data.writers.nifti import write_nifti
 from medssl.data.writers.picture import write_tiff
 from medssl.models.folder import digest
 from pipelines.console import progress, say
-from pipelines.journal import Journal, alone, write_whole
+from pipelines.journal import Journal, alone, read_header
 from pipelines.record import resolve
 from pipelines.report.overlay import view
 from pipelines.report.page import predicted_counts, write_overlays, write_report
-from pipelines.scoring import OutsideDomainError, Scored, Scorer
+from pipelines.scoring import (
+    OutsideDomainError,
+    Scored,
+    Scorer,
+    check_sites,
+    read_calibration,
+)
+from pipelines.tables import (
+    CLASS_COLUMNS,
+    COLUMNS,
+    SITE_COLUMNS,
+    TABLES,
+    with_q_values,
+    write_tables,
+)
 
 Row = dict[str, Any]
-_NUMBERS = ("score", "p_value", "threshold", "volume_mm3", "seconds")
-COLUMNS = [
-    *("item", "path", "file_sha256", "modality", "score", "p_value", "threshold", "anomalous"),
-    *("map_path", "boxes", "volume_mm3", "model", "status", "error", "seconds"),
-]
-CLASS_COLUMNS = ["predicted", "class_scores"]
-"""What the tables of a classifier say besides; class_scores is JSON text but for .jsonl."""
-TABLES = ("scores.parquet", "scores.csv", "scores.jsonl")
 _MOST_NAMED = 20
 
 
@@ -46,12 +53,16 @@ def score(
     force: bool = False,
     select: str | None = None,
     groups: str | None = None,
+    site: str | None = None,
     batch_size: int = 8,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Score images with a fitted model; write tables, maps, overlays and a report.
 
     A detector gives scores and maps; a classifier the class and its scores, and no maps.
+
+    A model calibrated by site judges each item by the threshold of its own site, and has no verdict
+    on items of other sites.
 
     Started again in the same folder it continues where it was stopped, and does nothing where it
     was finished.
@@ -63,6 +74,8 @@ def score(
         force: score items outside the model's domain too, such as an MR with a CT detector.
         select: only items for which this expression over manifest columns holds.
         groups: FILE:COLUMN that names each picture's patient or part.
+        site: FILE:COLUMN that names the site, scanner or line of each item; needed where the model
+            was calibrated by site, and only there.
         batch_size: pictures scored at once; volumes are scored one by one.
         device: "auto", "cpu", "cuda" or "cuda:1".
     """
@@ -70,11 +83,21 @@ def score(
     if select is not None:
         manifest = manifest.select(select)
     folder = resolve(model)
+    sites = None if site is None else sites_of(manifest, site, path)
     summary = score_manifest(
-        manifest, folder, out, force=force, batch_size=batch_size, device=device
+        manifest, folder, out, sites=sites, force=force, batch_size=batch_size, device=device
     )
     _tell(summary, read_rows(out))
     return summary
+
+
+def sites_of(manifest: Manifest, spec: str, path: Path) -> dict[str, str]:
+    """The site of each image that has one, as FILE:COLUMN names it.
+
+    path: what was given to be scored; the table lies in it, beside it, or where `read_column` says.
+    """
+    place = path.absolute()
+    return read_column(spec, place if place.is_dir() else place.parent, manifest.paths())
 
 
 def score_manifest(
@@ -82,17 +105,21 @@ def score_manifest(
     model_folder: Path,
     out: Path,
     *,
+    sites: Mapping[str, str] | None = None,
     force: bool = False,
     batch_size: int = 8,
     device: str = "auto",
 ) -> dict[str, Any]:
     """What `score` does once its inputs are found. Returns counts and absolute paths.
 
-    Raises NoDataError for a manifest without images, and ValueError where `out` holds another
-    run's work or another process is at work there.
+    sites: of the items that have one, as their table names them.
+
+    Raises NoDataError for a manifest without images, ValueError where `out` holds another run's
+    work or another process is at work there, and ValueError as `check_sites` does.
     """
     if not manifest.images:
         raise NoDataError("no image is left to score; check the selection")
+    check_sites(read_calibration(model_folder), sites)
     manifest = replace(manifest, items=manifest.images)  # masks and their faults are not looked at
     batches = cut(manifest.images, batch_size)
     header: dict[str, Any] = {
@@ -101,23 +128,44 @@ def score_manifest(
         "batch_size": batch_size,
         "force": force,
     }
+    if sites is not None:
+        sites = {item.item: sites[item.item] for item in manifest.images if item.item in sites}
+        header["sites"] = salted(json.dumps(sites, sort_keys=True))
     with alone(out):
         journal = Journal(out / "journal", header)
         todo = [part for part in range(len(batches)) if not journal.has(part)]
         if todo:
             scorer = Scorer(model_folder, device=device, force=force)
-            work = _Work(scorer, manifest, out, header["model"])
+            work = _Work(scorer, manifest, out, header["model"], sites)
             with progress(len(manifest.images), "scoring") as bar:
                 bar.advance(len(manifest.images) - sum(len(batches[part]) for part in todo))
                 for part in todo:
                     journal.write(part, work.rows(batches[part]))
                     bar.advance(len(batches[part]))
-        rows = [row for part in range(len(batches)) for row in journal.read(part)]
+        rows = with_q_values([row for part in range(len(batches)) for row in journal.read(part)])
         if todo or not all((out / name).is_file() for name in (*TABLES, "report.html")):
             write_overlays(out, rows, model_folder)
             write_tables(out, rows)
             write_report(out, rows, model_folder, labels_of(manifest))
     return _summary(rows, out, header["model"])
+
+
+def score_again(
+    manifest: Manifest,
+    part: Manifest,
+    model_folder: Path,
+    out: Path,
+    *,
+    sites: Mapping[str, str] | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Score `part`, or go on with what `out` holds of it, or of all of `manifest`, and as that."""
+    begun = read_header(out / "journal")
+    if begun is None:
+        return score_manifest(part, model_folder, out, sites=sites, device=device)
+    whole = manifest if begun["manifest"] == identity(manifest) else part
+    settings = {name: begun[name] for name in ("force", "batch_size")}
+    return score_manifest(whole, model_folder, out, sites=sites, device=device, **settings)
 
 
 def cut(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
@@ -156,9 +204,18 @@ def read_rows(out: Path) -> list[Row]:
 class _Work:
     """Scores batches into the folder `out`; every map is on disk before its rows are returned."""
 
-    def __init__(self, scorer: Scorer, manifest: Manifest, out: Path, model: str) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        manifest: Manifest,
+        out: Path,
+        model: str,
+        sites: Mapping[str, str] | None,
+    ) -> None:
         self.scorer, self.manifest, self.out, self.model = scorer, manifest, out, model
+        self.sites = sites
         self.columns = COLUMNS if scorer.classes is None else COLUMNS + CLASS_COLUMNS
+        self.columns = self.columns if sites is None else self.columns + SITE_COLUMNS
         maps = ["maps"] if scorer.classes is None else []
         for name in (*maps, "overlays", "journal/views"):
             (out / name).mkdir(parents=True, exist_ok=True)
@@ -177,6 +234,8 @@ class _Work:
                 "modality": str(item.modality),
                 "model": self.model,
             }
+            if self.sites is not None:
+                rows[item.item]["site"] = self.sites.get(item.item)
             read = self._read(item)
             if isinstance(read, Sample):
                 samples[item.item] = read
@@ -187,7 +246,7 @@ class _Work:
                 rows[item.item] |= read
             seconds[item.item] = time.perf_counter() - started
         started = time.perf_counter()
-        verdicts = _verdicts(self.scorer, list(samples.values()))
+        verdicts = _verdicts(self.scorer, list(samples.values()), self.sites)
         for (name, sample), verdict in zip(samples.items(), verdicts, strict=True):
             rows[name] |= self._kept(sample, verdict)
         shared = (time.perf_counter() - started) / max(1, len(samples))
@@ -229,6 +288,7 @@ class _Work:
             "volume_mm3": verdict.volume_mm3,
             "status": "ok",
             **({} if verdict.class_scores is None else classes),
+            **({} if self.sites is None else {"no_verdict": verdict.no_verdict}),
         }
 
     def _write_map(self, item: str, values: Image) -> str:
@@ -240,47 +300,20 @@ class _Work:
         return map_path
 
 
-def _verdicts(scorer: Scorer, samples: list[Sample]) -> list[Scored | Exception]:
+def _verdicts(
+    scorer: Scorer, samples: list[Sample], sites: Mapping[str, str] | None
+) -> list[Scored | Exception]:
     """A verdict or its reason per sample; a sample that fails does not take the others along."""
     if not samples:
         return []
     try:
-        return list(scorer.score(samples))
+        return list(scorer.score(samples, sites=sites))
     except torch.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError) as error:
         if len(samples) == 1:
             return [error]
-        return [verdict for sample in samples for verdict in _verdicts(scorer, [sample])]
-
-
-def write_tables(out: Path, rows: Sequence[Row]) -> None:
-    """scores.parquet, scores.csv (boxes as JSON) and scores.jsonl, one row per item.
-
-    rows: at least one; all have the same columns.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = list(rows[0])
-    kinds = dict.fromkeys(columns, pa.string()) | dict.fromkeys(_NUMBERS, pa.float64())
-    kinds |= {"anomalous": pa.bool_(), "boxes": pa.list_(pa.list_(pa.int32()))}
-    parquet = io.BytesIO()
-    plain = [_with_json(row, "class_scores") for row in rows]
-    pq.write_table(pa.Table.from_pylist(plain, schema=pa.schema(list(kinds.items()))), parquet)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(_with_json(row, "boxes") for row in plain)
-    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    write_whole(out / TABLES[0], parquet.getvalue())
-    write_whole(out / TABLES[1], text.getvalue())
-    write_whole(out / TABLES[2], lines)
-
-
-def _with_json(row: Row, column: str) -> Row:
-    """The row with one cell as JSON text, where it is there and holds something."""
-    return row if row.get(column) is None else row | {column: json.dumps(row[column])}
+        return [verdict for sample in samples for verdict in _verdicts(scorer, [sample], sites)]
 
 
 def _summary(rows: Sequence[Mapping[str, Any]], out: Path, model: str) -> dict[str, Any]:
@@ -306,6 +339,9 @@ def _summary(rows: Sequence[Mapping[str, Any]], out: Path, model: str) -> dict[s
 def _tell(summary: Mapping[str, Any], rows: Sequence[Row]) -> None:
     for row in [row for row in rows if row["status"] != "ok"][:_MOST_NAMED]:
         say(f"item {row['item']} {row['status']}: {row['error']}")
+    reasons = Counter(row["no_verdict"] for row in rows if row.get("no_verdict") is not None)
+    for reason, count in reasons.items():
+        say(f"{count} items scored without a verdict: {reason}")
     anomalous = summary["anomalous"]
     verdict = "no verdicts" if anomalous is None else f"{anomalous} anomalous"
     if "predicted" in summary:

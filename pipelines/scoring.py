@@ -32,12 +32,14 @@ class Scored:
     score: raw; of a classifier what `Classifier.item_scores` says.
     map: (1, *axes) raw float32 on the source's grid, NaN where the source is not valid; None from a
         classifier, and boxes and volume_mm3 with it.
-    p_value, threshold, anomalous: None where the model is not calibrated.
+    p_value, threshold, anomalous: None where the model is not calibrated, or not for the item's
+        site.
     boxes: regions above the calibrated map threshold, largest first, in source indices, half-open:
         (h0, w0, h1, w1) or (d0, h0, w0, d1, h1, w1); None where not calibrated.
     volume_mm3: of all regions together; None in 2D, without physical spacing or calibration.
     predicted, class_scores: the likeliest class, and the score of each by its name; None from a
         detector.
+    no_verdict: why a model calibrated by site has none on this item; None where it has one.
     """
 
     item: str
@@ -50,6 +52,7 @@ class Scored:
     volume_mm3: float | None
     predicted: str | None = None
     class_scores: Mapping[str, float] | None = None
+    no_verdict: str | None = None
 
 
 class Scorer:
@@ -137,11 +140,17 @@ class Scorer:
         image = self.preprocessing(sample.images["image"])
         return replace(sample, images={"image": image}, mask=None)
 
-    def score(self, samples: Sequence[Sample]) -> list[Scored]:
+    def score(
+        self, samples: Sequence[Sample], *, sites: Mapping[str, str] | None = None
+    ) -> list[Scored]:
         """One verdict per sample, in their order; samples are as read, on the source's grid.
 
-        Raises what `prepare` raises, and ValueError where the model gives no finite score.
+        sites: the site of each item that has one, as the table names it (not salted).
+        Raises what `prepare` raises, ValueError where the model gives no finite score, and
+        ValueError as `check_sites` does.
         """
+        check_sites(self.calibration, sites)
+        sites = {} if sites is None else sites
         prepared = [self.prepare(sample) for sample in samples]
         found: dict[int, Scored] = {}
         for rows in _alike([sample.images["image"] for sample in prepared]):
@@ -149,14 +158,18 @@ class Scorer:
             images = [(prepared[row].images["image"], samples[row].images["image"]) for row in rows]
             with torch.inference_mode():
                 if isinstance(self.model, Classifier):
-                    verdicts = self._classified(self.model, batch)
+                    verdicts = self._classified(self.model, batch, sites)
                 else:
-                    verdicts = self._mapped(self.model, batch, images)
+                    verdicts = self._mapped(self.model, batch, images, sites)
             found.update(zip(rows, verdicts, strict=True))
         return [found[row] for row in range(len(samples))]
 
     def _mapped(
-        self, model: Detector, batch: Batch, images: Sequence[tuple[Image, Image]]
+        self,
+        model: Detector,
+        batch: Batch,
+        images: Sequence[tuple[Image, Image]],
+        sites: Mapping[str, str],
     ) -> list[Scored]:
         """images: of each item as the detector sees it, and as it was read."""
         answer = model.predict(batch)
@@ -166,11 +179,13 @@ class Scorer:
             for values, (image, source) in zip(answer.maps["image"], images, strict=True)
         ]
         return [
-            self._verdict(item, score, home)
+            self._verdict(item, score, home, sites.get(item))
             for item, score, home in zip(batch.items, scores, maps, strict=True)
         ]
 
-    def _classified(self, model: Classifier, batch: Batch) -> list[Scored]:
+    def _classified(
+        self, model: Classifier, batch: Batch, sites: Mapping[str, str]
+    ) -> list[Scored]:
         class_scores = model.predict(batch.images["image"].pixels).cpu().double()  # (B, K)
         scores = model.item_scores(class_scores).tolist()
         verdicts = []
@@ -178,16 +193,17 @@ class Scorer:
             _check_finite(item, row.tolist())
             verdicts.append(
                 replace(
-                    self._verdict(item, score, None),
+                    self._verdict(item, score, None, sites.get(item)),
                     predicted=model.classes[int(row.argmax())],
                     class_scores=dict(zip(model.classes, row.tolist(), strict=True)),
                 )
             )
         return verdicts
 
-    def _verdict(self, item: str, score: float, values: Image | None) -> Scored:
+    def _verdict(self, item: str, score: float, values: Image | None, site: str | None) -> Scored:
         _check_finite(item, [score])
-        known = self.calibration
+        known = self.calibration and self.calibration.of_site(site)
+        by_site = self.calibration is not None and self.calibration.by is not None
         boxes, volume_mm3 = None, None
         if values is not None and known is not None and known.map_threshold is not None:
             boxes, volume_mm3 = regions(values, known.map_threshold)
@@ -200,6 +216,7 @@ class Scorer:
             anomalous=None if known is None else known.anomalous(score),
             boxes=boxes,
             volume_mm3=volume_mm3,
+            no_verdict=known.guarantee if by_site and known and not known.calibrated else None,
         )
 
 
@@ -272,6 +289,27 @@ def read_calibration(model_folder: Path) -> Calibration | None:
         return Calibration.from_dict(json.loads(file.read_text()))
     except (ValueError, KeyError, TypeError) as error:
         raise ModelFolderError(f"{model_folder.name}/calibration.json is damaged") from error
+
+
+def check_sites(calibration: Calibration | None, sites: Mapping[str, str] | None) -> None:
+    """Raises ValueError unless sites are given exactly where the calibration is by site.
+
+    So that no item is judged by the threshold of all sites together without anybody noticing.
+    Raises ValueError too where its sites were salted with another key than this user's.
+    """
+    by = None if calibration is None else calibration.by
+    if by is not None and sites is None:
+        raise ValueError(
+            f"the model was calibrated for each {by} by itself; say which one each item is of, "
+            f"with --site FILE:{by}"
+        )
+    if by is None and sites is not None:
+        raise ValueError(
+            "the model was not calibrated by site, so --site would change nothing; leave it out, "
+            "or calibrate the model by site first"
+        )
+    if calibration is not None:
+        calibration.check_key()
 
 
 def check_ranks_anomalies(model_folder: Path) -> None:

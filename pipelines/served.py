@@ -39,7 +39,8 @@ class ServedModel(PythonModel):
 
         model_input: a DataFrame with the column `content` (the bytes of a picture, NIfTI or DICOM
             file, as they are or in base64), or `path`, a file below the folder that the variable
-            MEDSSL_SERVE_ROOT names where the model runs.
+            MEDSSL_SERVE_ROOT names where the model runs; and `site`, the name of each item's
+            site as the calibration's table has it, where the model was calibrated by site.
         Returns a DataFrame of `COLUMNS`, of a classifier also `CLASS_COLUMNS`, with the index of
             the input.
         """
@@ -76,7 +77,8 @@ class ServedModel(PythonModel):
             image = read_image(_below_root(row["path"]))
         else:
             raise ValueError("a row needs content (the bytes of a file) or path, got neither")
-        scored = self.scorer.score([Sample(item="row", images={"image": image})])[0]
+        sites = {"row": row["site"]} if _given(row.get("site")) else None
+        scored = self.scorer.score([Sample(item="row", images={"image": image})], sites=sites)[0]
         told = {
             "score": scored.score,
             "p_value": scored.p_value,

@@ -21,11 +21,25 @@ _BINS = 40
 METRICS = {
     "image_auroc": ("Image AUROC", "chance that an anomalous item scores above a normal one"),
     "image_average_precision": ("Image average precision", "area under precision and recall"),
-    "pixel_auroc": ("Pixel AUROC", "the same for single pixels, against the masks"),
-    "aupro": ("AUPRO, FPR ≤ 0.3", "overlap with each marked region; 1 is perfect"),
+    "image_f1": ("Image F1", "of precision and recall at the calibrated threshold"),
+    "image_f1_max_oracle": ("Image F1-max (oracle)", "at the best threshold for these labels"),
     "false_alarm_rate": ("False-alarm rate", "share of normal items above the threshold"),
     "recall": ("Recall", "share of anomalous items above the threshold"),
+    "pixel_auroc": ("Pixel AUROC", "as of images, for single pixels against the masks"),
+    "pixel_average_precision": ("Pixel average precision", "the same area for single pixels"),
+    "aupro": ("AUPRO, FPR ≤ 0.3", "overlap with each marked region; 1 is perfect"),
+    "aupro_0.05": ("AUPRO, FPR ≤ 0.05", "the same with fewer false pixels"),
+    "aupro_0.01": ("AUPRO, FPR ≤ 0.01", "the same with very few"),
+    "aupimo": ("AUPIMO", "recall of pixels per image at 1e-5 to 1e-4 false ones in normal images"),
+    "dice": ("Dice", "mean of the marked items at the calibrated map threshold"),
+    "dice_oracle": ("Dice (oracle)", "the same at the best threshold for these masks"),
+    "dice_pooled": ("Dice, pooled", "of all pixels together, at the calibrated map threshold"),
+    "dice_pooled_oracle": ("Dice, pooled (oracle)", "the same at the best threshold"),
+    "lesion_recall": ("Lesion recall", "share of marked regions touched above the map threshold"),
+    "false_findings": ("False findings", "regions per item above it that touch no marked one"),
+    "froc_mean_recall": ("FROC, mean lesion recall", "at 1/8 to 8 false findings per item"),
 }
+"""Key in metrics.json -> shown name and meaning; in an oracle the labels chose the threshold."""
 
 
 def write_overlays(out: Path, rows: Sequence[Row], model_folder: Path) -> None:
@@ -107,10 +121,11 @@ def write_report(
 def histogram(scored: Sequence[Row], labels: Mapping[str, int | None]) -> dict[str, Any]:
     """Counts of scores in equal bins, per truth, with the places of axis and threshold in [0, 1].
 
-    scored: at least one row with a score.
+    scored: at least one row with a score. Where their thresholds differ by site, none is shown.
     """
     values = [float(row["score"]) for row in scored]
-    threshold = scored[0]["threshold"]
+    thresholds = {row["threshold"] for row in scored}
+    threshold = thresholds.pop() if len(thresholds) == 1 else None
     ends = values if threshold is None else [*values, threshold]
     low, high = min(ends), max(ends)
     width = (high - low) or 1.0

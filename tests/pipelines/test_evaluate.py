@@ -3,18 +3,21 @@
 import json
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import tifffile
 from mean_distance import save_mean_distance
 from PIL import Image as Pillow
 from scipy.stats import binomtest
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 import pipelines.score as job
 from anomaly.calibration import Calibration
+from medssl.data.manifest import build_manifest
 from medssl.data.preprocess import Preprocessing
-from pipelines.evaluate import evaluate
+from pipelines.evaluate import evaluate, measure
+from pipelines.report.page import METRICS
 from pipelines.score import score
 
 SIZE = (24, 32)
@@ -89,10 +92,105 @@ def test_metrics_are_those_of_scikit_learn_on_the_same_numbers(data, model, tmp_
     values = np.concatenate([values.ravel() for _, values, _ in truth])
     marked = np.concatenate([mask.ravel() for _, _, mask in truth])
     assert found["pixel_auroc"]["value"] == pytest.approx(roc_auc_score(marked, values), abs=1e-6)
-    for name in ("image_auroc", "image_average_precision", "pixel_auroc", "aupro"):
-        assert found[name]["low"] <= found[name]["value"] <= found[name]["high"]
-    assert found["skipped"] == {}
+    precision = average_precision_score(marked, values)
+    assert found["pixel_average_precision"]["value"] == pytest.approx(precision, abs=1e-6)
+    assert found["pixel_form"] == "exact"
+    assert list(found["skipped"]) == ["aupimo"]
+    assert "100000" in found["skipped"]["aupimo"]  # pixels
     assert (found["num_normal"], found["num_anomalous"], found["num_masked"]) == (4, 3, 3)
+
+
+def test_every_shown_metric_has_an_interval_and_an_oracle_says_so(data, model, tmp_path):
+    found = evaluate(data, model, tmp_path / "out")
+    assert set(METRICS) - set(found) == {"aupimo"}
+    for name, (shown, _) in METRICS.items():
+        assert name.endswith("_oracle") == shown.endswith("(oracle)")
+        if name in found:
+            assert found[name]["low"] <= found[name]["value"] <= found[name]["high"]
+
+
+def test_f1_and_dice_are_those_of_scikit_learn_at_the_calibrated_thresholds(data, model, tmp_path):
+    found = evaluate(data, model, tmp_path / "out")
+    truth = truth_and_maps(data)
+    labels = [label for label, _, _ in truth]
+    flags = [values.max() > THRESHOLD for _, values, _ in truth]
+    assert found["image_f1"]["value"] == pytest.approx(f1_score(labels, flags))
+    every = [
+        f1_score(labels, [other.max() >= values.max() for _, other, _ in truth])
+        for _, values, _ in truth
+    ]
+    assert found["image_f1_max_oracle"]["value"] == pytest.approx(max(every))
+    each = [
+        f1_score(mask.ravel(), values.ravel() > THRESHOLD) for label, values, mask in truth if label
+    ]
+    assert found["dice"]["value"] == pytest.approx(np.mean(each))
+    marked = np.concatenate([mask.ravel() for _, _, mask in truth])
+    above = np.concatenate([values.ravel() > THRESHOLD for _, values, _ in truth])
+    assert found["dice_pooled"]["value"] == pytest.approx(f1_score(marked, above))
+    assert found["dice_oracle"]["value"] >= found["dice"]["value"]
+    assert found["dice_pooled_oracle"]["value"] >= found["dice_pooled"]["value"]
+
+
+def test_lesions_found_and_false_findings_are_counted_at_the_map_threshold(data, model, tmp_path):
+    found = evaluate(data, model, tmp_path / "out")
+    # squares of 90 and 60 of 30, 90, 60; the single pixels of 35, 90 and 60 lie outside the masks
+    assert found["lesion_recall"]["value"] == pytest.approx(2 / 3)
+    assert found["false_findings"]["value"] == pytest.approx(3 / 7)
+    curve = found["froc"]
+    assert len(curve["recall"]) == len(curve["false_findings"]) == 7
+    assert found["froc_mean_recall"]["value"] == pytest.approx(np.mean(curve["recall"]))
+
+
+def test_more_pixels_than_the_budget_are_counted_in_bins_and_nothing_else_changes(
+    data, model, tmp_path, monkeypatch
+):
+    exact = evaluate(data, model, tmp_path / "out")
+    for budget in ("PIXEL_BUDGET", "KEPT_PIXELS"):
+        monkeypatch.setattr(f"pipelines.map_metrics.{budget}", 2 * SIZE[0] * SIZE[1])
+    binned = evaluate(data, model, tmp_path / "out")
+    assert binned["pixel_form"] == "binned"
+    for name in set(METRICS) & set(exact):
+        assert binned[name] == pytest.approx(exact[name], abs=1e-3)
+
+
+def save_volume(file: Path, values: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    affine = np.diag([-0.8, -0.9, 2.0, 1.0])
+    nib.save(nib.Nifti1Image(values.transpose(2, 1, 0), affine), file)
+
+
+def test_volumes_have_dice_and_lesions_in_three_dimensions(tmp_path):
+    shape = (6, 12, 14)
+    rng = np.random.default_rng(0)
+    maps, each = {}, []
+    for i in range(6):
+        values, mask = rng.random(shape).astype(np.float32), np.zeros(shape, np.uint8)
+        if i >= 3:
+            mask[1:4, 2:6, 3:8] = 1
+            mask[4, 6, 8] = 1  # touches it by a corner, so that it is the same lesion
+            mask[5, 10:, 12:] = 1  # never found
+            values[1:3, 2:6, 3:8] += 5
+            save_volume(tmp_path / "ground_truth" / "lesion" / f"{i}_mask.nii.gz", mask)
+            each.append(f1_score(mask.ravel(), values.ravel() > 2))
+        if i == 5:
+            values[0, 0, 0] = values[1, 1, 1] = 5  # one false finding
+            values[5, 0, 13] = 5  # another
+        name = f"{'lesion' if i >= 3 else 'good'}/{i}.nii.gz"
+        save_volume(tmp_path / "test" / name, np.zeros(shape, np.int16))
+        maps[f"{i}.nii.gz"] = values
+    (tmp_path / "train" / "good").mkdir(parents=True)
+    manifest = build_manifest(tmp_path).where(split="test")
+    rows = []
+    for item in manifest.images:
+        save_volume(tmp_path / "out" / f"{item.item}.nii.gz", maps[Path(item.path).name])
+        row = {"item": item.item, "status": "ok", "score": 0.0, "anomalous": False}
+        rows.append(row | {"map_path": f"{item.item}.nii.gz"})
+    calibration = Calibration.from_scores([2.0], [2.0], rate=0.5, method="split")
+    found = measure(manifest, rows, tmp_path / "out", calibration=calibration)
+    each[2] = 2 * 40 / (40 + 3 + 65)  # with the false ones: 40 of 65 voxels, 3 others
+    assert found["dice"]["value"] == pytest.approx(np.mean(each))
+    assert found["lesion_recall"]["value"] == 0.5
+    assert found["false_findings"]["value"] == pytest.approx(2 / 6)
 
 
 def test_rates_count_what_lies_above_the_threshold_with_wilsons_interval(data, model, tmp_path):
@@ -167,7 +265,10 @@ def test_an_uncalibrated_model_has_no_rates(data, tmp_path):
     model = save_mean_distance(data, tmp_path / "model", PICTURES, select="split == 'train'")
     found = evaluate(data, str(model), tmp_path / "out")
     assert "false_alarm_rate" not in found
-    assert found["skipped"]["recall"] == "the model is not calibrated"
+    for name in ("recall", "image_f1", "dice", "lesion_recall"):
+        assert found["skipped"][name] == "the model is not calibrated"
+    assert "dice_oracle" in found
+    assert "froc_mean_recall" in found
 
 
 def test_nothing_labelled_is_an_error_that_says_what_labels_look_like(data, model, tmp_path):

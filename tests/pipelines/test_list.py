@@ -33,7 +33,9 @@ def test_a_new_file_is_a_new_line(capfd, monkeypatch, tmp_path):
     (tmp_path / "anomaly" / "features").mkdir(parents=True)
     (tmp_path / "anomaly" / "features" / "fresh.py").write_text(
         "import base\n"
-        "class Fresh(base.Detector):\n    '''Finds it.\n\n    More.\n    '''\n"
+        "class Fresh(Learning):\n    '''Finds it.\n\n    More.\n    '''\n"
+        "    def example(cls): pass\n"
+        "class Learning(base.Detector):\n    '''No method, but what some stand on.'''\n"
         "class Helper:\n    '''No method.'''\n"
     )
     monkeypatch.setattr(anomaly, "__path__", [str(tmp_path / "anomaly")])

@@ -23,6 +23,7 @@ from mean_distance import save_mean_distance
 from PIL import Image as Pillow
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from scipy.stats import false_discovery_control
 
 import pipelines.score as job
 from anomaly.calibration import Calibration
@@ -30,7 +31,7 @@ from medssl.data.manifest import build_manifest
 from medssl.data.preprocess import Preprocessing
 from medssl.data.readers.any import read_image
 from pipelines.journal import Journal, alone
-from pipelines.score import COLUMNS, cut, score
+from pipelines.score import COLUMNS, SITE_COLUMNS, cut, score
 
 SIZE = (24, 32)
 PICTURES = Preprocessing(size=SIZE, intensity="range", mean=(0.0,), std=(1.0,))
@@ -361,3 +362,100 @@ def test_equal_input_gives_equal_bits_in_another_folder(data, model, tmp_path):
     score(data, model, tmp_path / "two")
     assert without_seconds(tmp_path / "one") == without_seconds(tmp_path / "two")
     assert maps_of(tmp_path / "one") == maps_of(tmp_path / "two")
+
+
+def test_q_values_are_the_p_values_of_the_batch_adjusted_together(data, model, tmp_path):
+    for name in ("002", "004"):  # four are left, three of them with a defect
+        (data / "test" / "good" / f"{name}.png").unlink()
+    (data / "test" / "good" / "001b.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
+    score(data / "test", model, tmp_path / "out")
+    rows = rows_of(tmp_path / "out")
+    judged = [row for row in rows if row["p_value"] is not None]
+    assert len(judged) == len(rows) - 1
+    expected = false_discovery_control([row["p_value"] for row in judged])
+    assert [row["q_value"] for row in judged] == pytest.approx(expected.tolist())
+    assert {row["q_value"] for row in judged} == {0.5 * 4 / 3, 1.0}
+    (broken,) = [row for row in rows if row["status"] == "error"]
+    assert broken["q_value"] is None
+    kinds = pq.read_table(tmp_path / "out" / "scores.parquet").schema
+    assert str(kinds.field("q_value").type) == "double"
+
+
+def test_a_run_begun_before_there_were_q_values_ends_with_them(data, model, tmp_path):
+    score(data, model, tmp_path / "calm", batch_size=2)
+    score(data, model, tmp_path / "out", batch_size=2)
+    for file in (tmp_path / "out" / "journal").glob("part-*"):
+        rows = json.loads(file.read_text())
+        file.write_text(json.dumps([{n: row[n] for n in row if n != "q_value"} for row in rows]))
+    for name in ("scores.jsonl", "scores.csv", "scores.parquet"):
+        (tmp_path / "out" / name).unlink()
+    score(data, model, tmp_path / "out", batch_size=2)
+    assert without_seconds(tmp_path / "out") == without_seconds(tmp_path / "calm")
+    assert list(rows_of(tmp_path / "out")[0]) == COLUMNS
+
+
+def save_sites(data: Path, **site_of: str) -> str:
+    """sites.csv with a column scanner: the site of each test picture, by its file's name."""
+    lines = [f"{name}.png,{site}" for name, site in site_of.items()]
+    (data / "sites.csv").write_text("path,scanner\n" + "\n".join(lines) + "\n")
+    return "sites.csv:scanner"
+
+
+@pytest.fixture
+def model_by_site(tmp_path: Path, data: Path) -> str:
+    calibration = Calibration.from_scores(
+        [0.1, 0.5], [0.1, 0.5], rate=0.5, method="split", sites=["Mary", "North"], by="scanner"
+    )
+    return str(
+        save_mean_distance(
+            data, tmp_path / "by_site", PICTURES, calibration=calibration,
+            select="split == 'train'",
+        )
+    )  # fmt: skip
+
+
+def test_each_item_is_judged_by_the_site_that_the_table_names(data, model_by_site, tmp_path):
+    site = save_sites(data, **{"000": "Mary", "001": "Mary", "003": "North", "005": "Elsewhere"})
+    out = tmp_path / "out"
+    summary = score(data, model_by_site, out, site=site, select="split == 'test'")
+    rows = {Path(row["path"]).stem: row for row in rows_of(out)}
+    told = {name: (row["site"], row["threshold"], row["anomalous"]) for name, row in rows.items()}
+    assert told == {
+        "000": ("Mary", 0.1, False), "002": (None, None, None), "004": (None, None, None),
+        "001": ("Mary", 0.1, True), "003": ("North", 0.5, False), "005": ("Elsewhere", None, None),
+    }  # fmt: skip
+    assert summary["anomalous"] == 1
+    assert "no scanner is known" in rows["002"]["no_verdict"]
+    assert "has no held-out normal" in rows["005"]["no_verdict"]
+    assert rows["001"]["no_verdict"] is None
+    assert list(rows["001"]) == COLUMNS + SITE_COLUMNS
+    assert pq.read_table(out / "scores.parquet").to_pylist() == rows_of(out)
+
+
+def test_names_of_sites_are_in_the_tables_alone(data, model_by_site, tmp_path, capsys):
+    site = save_sites(data, **{"001": "Mary", "003": "Elsewhere"})
+    score(data, model_by_site, tmp_path / "out", site=site)
+    told = capsys.readouterr()
+    assert "5 items scored without a verdict: No promise for this item: no scanner" in told.out
+    shown = [told.out, told.err, (tmp_path / "out" / "report.html").read_text()]
+    shown += [file.read_text() for file in Path(model_by_site).glob("*.[jym]*")]
+    assert len(shown) >= 6
+    for name in ("Mary", "Elsewhere", "North"):
+        assert not any(name in text for text in shown)
+
+
+def test_a_model_by_site_is_not_scored_without_sites_nor_with_others(data, model_by_site, tmp_path):
+    site = save_sites(data, **{"001": "Mary"})
+    with pytest.raises(ValueError, match="--site FILE:scanner"):
+        score(data, model_by_site, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    score(data, model_by_site, tmp_path / "out", site=site)
+    save_sites(data, **{"001": "North"})
+    with pytest.raises(ValueError, match="another sites"):
+        score(data, model_by_site, tmp_path / "out", site=site)
+
+
+def test_a_model_that_knows_no_sites_takes_none(data, model, tmp_path):
+    site = save_sites(data, **{"001": "Mary"})
+    with pytest.raises(ValueError, match="not calibrated by site"):
+        score(data, model, tmp_path / "out", site=site)

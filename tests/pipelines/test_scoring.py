@@ -200,3 +200,67 @@ def test_a_score_that_is_not_finite_is_an_error_with_the_item():
     scorer = Scorer.from_parts(Broken(), Preprocessing(size=(8, 8), **AS_IS))
     with pytest.raises(ValueError, match="item a1.*nan"):
         scorer.score([Sample(item="a1", images={"image": picture(torch.ones(8, 8))})])
+
+
+def by_site(**maxima: float) -> Calibration:
+    """At a rate of one half each site's threshold, of score and map, is its one held-out normal."""
+    values = list(maxima.values())
+    return Calibration.from_scores(
+        values, values, rate=0.5, method="split", sites=list(maxima), by="scanner"
+    )
+
+
+def grey(item: str, value: float) -> Sample:
+    return Sample(item=item, images={"image": picture(torch.full((6, 8), value))})
+
+
+def test_each_item_is_judged_by_its_own_site_whatever_batch_it_is_in():
+    scorer = Scorer.from_parts(
+        Brightness(), Preprocessing(size=(6, 8), **AS_IS), calibration=by_site(a=0.3, b=0.7)
+    )
+    samples = [grey(item, 127.5) for item in "pqrs"]
+    sites = {"p": "b", "q": "a", "r": "unheard of"}
+    scored = scorer.score(samples, sites=sites)
+    assert [one.anomalous for one in scored] == [False, True, None, None]
+    assert [one.threshold for one in scored] == [0.7, 0.3, None, None]
+    assert [one.p_value for one in scored] == [1.0, 0.5, None, None]
+    assert [one.boxes for one in scored] == [(), ((0, 0, 6, 8),), None, None]
+    reasons = [one.no_verdict for one in scored]
+    assert reasons[:2] == [None, None]
+    assert "its scanner has no held-out normal" in reasons[2]
+    assert "no scanner is known" in reasons[3]
+    assert not any("unheard" in reason for reason in reasons[2:])
+
+
+def test_a_site_with_too_few_normals_gives_no_verdict_and_says_how_many_it_takes():
+    calibration = Calibration.from_scores(
+        [0.3] * 4, [0.3] * 4, rate=0.25, method="split", sites=list("aaab"), by="scanner"
+    )
+    scorer = Scorer.from_parts(
+        Brightness(), Preprocessing(size=(6, 8), **AS_IS), calibration=calibration
+    )
+    big, small = scorer.score([grey("p", 127.5), grey("q", 127.5)], sites={"p": "a", "q": "b"})
+    assert big.anomalous is True
+    assert (small.anomalous, small.boxes) == (None, None)
+    assert "1 held-out normal items, and the rate takes 3" in small.no_verdict
+
+
+def test_sites_must_be_given_exactly_where_the_model_was_calibrated_by_site():
+    parts = (Brightness(), Preprocessing(size=(6, 8), **AS_IS))
+    scorer = Scorer.from_parts(*parts, calibration=by_site(a=0.3))
+    with pytest.raises(ValueError, match="each scanner by itself; .* --site FILE:scanner"):
+        scorer.score([grey("p", 127.5)])
+    for plain in (calibrated(0.5), None):
+        scorer = Scorer.from_parts(*parts, calibration=plain)
+        assert scorer.score([grey("p", 127.5)])[0].no_verdict is None
+        with pytest.raises(ValueError, match="not calibrated by site"):
+            scorer.score([grey("p", 127.5)], sites={"p": "a"})
+
+
+def test_sites_salted_with_another_key_are_an_error_not_unknown_ones(tmp_path, monkeypatch):
+    scorer = Scorer.from_parts(
+        Brightness(), Preprocessing(size=(6, 8), **AS_IS), calibration=by_site(a=0.3)
+    )
+    monkeypatch.setenv("MEDSSL_KEY_FILE", str(tmp_path / "another"))
+    with pytest.raises(ValueError, match="salted with the key"):
+        scorer.score([grey("p", 127.5)], sites={"p": "a"})

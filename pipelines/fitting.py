@@ -1,0 +1,299 @@
+"""One detector and its normals: reading, fitting as often as the plan says, scoring, saving."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Subset
+
+from anomaly.base import Detector, NormalData
+from anomaly.calibration import Calibration, Method
+from anomaly.learning import LearnedDetector, device_of
+from anomaly.tails import MapTail
+from medssl.data.dataset import PreparedSamples
+from medssl.data.domain import learn_domain
+from medssl.data.image import Image
+from medssl.data.manifest import Item, Manifest, NoDataError, load_sample
+from medssl.data.preprocess import Preprocessing
+from medssl.data.readers.errors import ReadError
+from medssl.data.sample import Sample
+from medssl.distributed import join, processes, rank, sum_of_all
+from medssl.models.encoder import seen_by_encoders
+from medssl.models.folder import describe
+from pipelines.console import Progress, progress
+from pipelines.device import choose_device
+from pipelines.journal import Journal
+from pipelines.normals import left_out, num_groups
+from pipelines.scoring import Scorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalScore:
+    """What a detector says of a normal item that it has not seen; larger is more anomalous.
+
+    tail: of the map on the source's grid.
+    """
+
+    item: Item
+    score: float
+    tail: MapTail
+
+
+class Fitting:
+    """One detector and its normals: what was read and fitted, and what failed.
+
+    workers: processes that make the views of a training.
+    items: the usable normals. hashes: their pixel hashes by item. domain: learnt from them.
+    seen: what the detector's encoder was pretrained on.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        items: Sequence[Item],
+        detector: Detector,
+        preprocessing: Preprocessing,
+        out: Path,
+        *,
+        batch_size: int,
+        workers: int | None,
+        seed: int,
+    ) -> None:
+        self.manifest, self.detector, self.out = manifest, detector, out
+        self.preprocessing, self.seed = preprocessing, seed
+        self.batch_size, self.workers = batch_size, workers
+        self.seen = seen_by_encoders(detector)
+        self.errors: list[dict[str, str]] = []
+        self.seconds: dict[str, float] = {}
+        self.items: list[Item] = []
+        self.domain: dict[str, Any] = {}
+        self._raw: list[Sample] = []
+        self.samples = PreparedSamples(
+            manifest, items, preprocessing, hashes=True, on_read=self._raw.append
+        )
+        self.hashes = self.samples.pixel_hashes
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the wall time of the block to `seconds[name]`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def read(self) -> None:
+        """Read every normal once; raises NoDataError where none can be used."""
+        with self.timed("read"), progress(len(self.samples), "reading") as bar:
+            images = self._images(bar)
+            first = next(images, None)
+            if first is None:
+                raise NoDataError(
+                    f"none of the {len(self.samples)} normal images can be used; "
+                    f"the first: {self.errors[0]['reason']}"
+                )
+            self.domain = learn_domain(chain([first], images))
+        self.samples.on_read = None  # what did not fit into memory is read again, and not watched
+        self.samples.hashes = False
+
+    def fit(self, items: Sequence[Item], name: str) -> None:
+        """Fit the detector anew; equal items give an equal detector.
+
+        name: of this fit among those of the job; one that was killed goes on from what lies under
+            it in the work folder.
+        """
+        rows = {item.item: row for row, item in enumerate(self.samples.items)}
+        part = Subset(cast(Any, self.samples), [rows[item.item] for item in items])
+        normal = NormalData(
+            cast(Sequence[Sample], part), batch_size=self.batch_size, workers=self.workers
+        )
+        torch.manual_seed(self.seed)
+        with self.timed("fit"), self._place(items, name) as workdir:
+            self.detector.fit(normal, workdir=workdir)
+            wait_for_all()  # the first removes what the others may still read
+
+    def scores(self, manifest: Manifest, items: Sequence[Item], bar: Progress) -> list[NormalScore]:
+        """What the detector, as it is now, says of each item that can be scored."""
+        scorer = Scorer.from_parts(
+            self.detector,
+            self.preprocessing,
+            domain=self.domain,
+            device=device_of(self.detector),
+        )
+        with self.timed("calibrate"):
+            return score_normals(scorer, manifest, items, bar, self.errors)
+
+    @contextmanager
+    def _place(self, items: Sequence[Item], name: str) -> Iterator[Path]:
+        """A folder for one fit: that of its checkpoints where it has such, else for its duration.
+
+        Raises ValueError where it holds checkpoints of other normals or another detector.
+        """
+        if not learns(self.detector):
+            prefix = f".{self.out.name}."
+            with tempfile.TemporaryDirectory(prefix=prefix, dir=self.out.parent) as folder:
+                yield Path(folder)
+            return
+        place = work_name(self.out) / name
+        if rank() == 0:
+            Journal(place, self._identity(items))
+        (place / "fit").mkdir(parents=True, exist_ok=True)
+        yield place / "fit"
+
+    def _identity(self, items: Sequence[Item]) -> dict[str, Any]:
+        """What a fit depends on: it goes on only where all of it is the same."""
+        return {
+            "normals": _short([(item.item, self.hashes[item.item]) for item in items]),
+            "preprocessing": _short(self.preprocessing.to_dict()),
+            "detector": _short(describe(self.detector)),
+            "seed": self.seed,
+        }
+
+    def _images(self, bar: Progress) -> Iterator[Image]:
+        """The usable normals as they are read."""
+        for row, item in enumerate(self.samples.items):
+            try:
+                image = self.samples[row].images["image"]
+                check_axes(image, self.detector)
+            except Exception as error:  # one bad file never ends a batch job
+                self.errors.append(left_out(item, error))
+            else:
+                self.items.append(item)
+                yield self._raw[-1].images["image"]
+            self._raw.clear()
+            bar.advance(1)
+
+
+def score_normals(
+    scorer: Scorer,
+    manifest: Manifest,
+    items: Sequence[Item],
+    bar: Progress,
+    errors: list[dict[str, str]],
+) -> list[NormalScore]:
+    """Score each item that can be scored; the others are added to `errors`."""
+    found = []
+    for item in items:
+        try:
+            scored = scorer.score([load_sample(manifest, item)])[0]
+            assert scored.map is not None  # a detector's
+            tail = MapTail.of(scored.map.pixels)
+        except (ReadError, ValueError) as error:
+            errors.append(left_out(item, error))
+        else:
+            found.append(NormalScore(item=item, score=scored.score, tail=tail))
+        bar.advance(1)
+    return found
+
+
+def calibration_from(
+    found: Sequence[NormalScore],
+    *,
+    rate: float,
+    method: Method,
+    fitted_on: frozenset[str],
+    sites: Mapping[str, str] | None = None,
+    by: str | None = None,
+) -> Calibration:
+    """A calibration from held-out normals; see `Calibration.from_scores`.
+
+    fitted_on: pixel hashes. sites: of each item that has one. by: the column they are from.
+    """
+    return Calibration.from_scores(
+        [one.score for one in found],
+        [one.tail.values[0] for one in found],  # the level that nothing lies above
+        rate=rate,
+        method=method,
+        fitted_on=fitted_on,
+        num_groups=num_groups([one.item for one in found]),
+        tails=[one.tail for one in found],
+        sites=None if sites is None else [sites.get(one.item.item) for one in found],
+        by=by,
+    )
+
+
+def learns(detector: Detector) -> bool:
+    """Whether it trains a network, so that a fit has checkpoints to go on from."""
+    return any(isinstance(module, LearnedDetector) for module in detector.modules())
+
+
+def own_device(name: str) -> torch.device:
+    """As `choose_device`; of several processes on one machine each takes its own GPU."""
+    device = choose_device(name)
+    if device.type == "cuda" and processes() > 1:
+        return choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return device
+
+
+@contextmanager
+def one_group() -> Iterator[None]:
+    """Let the processes of a torchrun begin together, and part from each other in the end."""
+    join()
+    wait_for_all()  # the first looks for a work folder before the others write there
+    try:
+        yield
+    finally:
+        if processes() > 1:
+            dist.destroy_process_group()  # its threads may not outlive a process
+
+
+def wait_for_all() -> None:
+    """Let every process come here before any goes on."""
+    sum_of_all(torch.zeros(1))
+
+
+def check_axes(image: Image, detector: Detector) -> None:
+    """Raises ValueError for an image that the detector does not take."""
+    if image.axes != detector.axes:
+        advice = "; wrap it in anomaly.slicewise.Slicewise" if image.axes == "DHW" else ""
+        raise ValueError(
+            f"{type(detector).__name__} takes images with axes {detector.axes}, "
+            f"this one has {image.axes}{advice}"
+        )
+
+
+def check_out(out: Path) -> None:
+    """Raises FileExistsError where `out` exists, PermissionError where it could not be written."""
+    if out.exists():
+        raise FileExistsError(f"{out} exists; choose another --out or remove it first")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"cannot write into {out.parent} ({error.strerror}); choose another --out"
+        ) from error
+
+
+def check_work(out: Path, *, resume: bool) -> None:
+    """Raises ValueError where an unfinished fit would be overwritten."""
+    if work_name(out).exists() and not resume:
+        raise ValueError(
+            f"{work_name(out)} holds an unfinished run; go on with --resume, or remove it to start "
+            "anew"
+        )
+
+
+def work_name(out: Path) -> Path:
+    """Where the checkpoints of a fit lie until it is saved."""
+    return out.with_name(f"{out.name}.work")
+
+
+def remove_work(out: Path) -> None:
+    """Remove the checkpoints of a finished fit."""
+    shutil.rmtree(work_name(out), ignore_errors=True)
+
+
+def _short(values: Any) -> str:
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
