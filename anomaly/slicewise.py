@@ -66,7 +66,8 @@ class Slicewise(Detector):
         slices = _Slices(normal)
         if len(slices) == 0:
             raise ValueError(f"none of the {len(normal)} normal volumes has a valid pixel")
-        self.detector.fit(NormalData(slices, batch_size=_SLICES_AT_ONCE), workdir=workdir)
+        part = NormalData(slices, batch_size=_SLICES_AT_ONCE, workers=normal.workers)
+        self.notes = self.detector.fit(part, workdir=workdir).notes
         return self
 
     def selftest_shape(self, image: Sequence[int]) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ class Tiled(Detector):
         if len(tiles) == 0:
             raise ValueError(f"none of the {len(normal)} normal items has a valid pixel")
         part = NormalData(tiles, batch_size=normal.batch_size, workers=normal.workers)
-        self.detector.fit(part, workdir=workdir)
+        self.notes = self.detector.fit(part, workdir=workdir).notes
         return self
 
     @torch.no_grad()

@@ -11,7 +11,6 @@ from typing import Any
 
 from anomaly.base import Detector
 from anomaly.calibration import Calibration, required_normals
-from medssl.data.groups import read_column
 from medssl.data.manifest import Manifest, build_manifest
 from medssl.models.folder import digest, load_model
 from pipelines import record
@@ -20,6 +19,7 @@ from pipelines.console import progress, say
 from pipelines.fitting import calibration_from, check_out, score_normals
 from pipelines.leakage import FILE, History, compare, read_history, traces
 from pipelines.normals import normal_items, read_hashes
+from pipelines.score import sites_of
 from pipelines.scoring import Scorer
 
 _METRICS = ("num_calibration", "threshold", "map_threshold", "failed")
@@ -148,12 +148,6 @@ class Normals:
                 f"a false-alarm rate of {self.rate:g} takes {needed} held-out normal images, got "
                 f"{count} that can be used; add more, or try a higher --rate"
             )
-
-
-def sites_of(manifest: Manifest, by: str, data: Path) -> dict[str, str]:
-    """The site of every image that has one, from FILE:COLUMN; see `read_column`."""
-    root = Path(os.path.abspath(data))
-    return read_column(by, root if root.is_dir() else root.parent, manifest.paths())
 
 
 def told_of(calibration: Calibration) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from medssl.data.privacy import salted
 from medssl.data.sample import Sample
 from medssl.models.folder import SavedModel, digest, load_model, save_model, selftest_noise
 from pipelines import record
-from pipelines.calibrate import Normals, sites_of, tell, told_of
+from pipelines.calibrate import Normals, tell, told_of
 from pipelines.card import detector_card
 from pipelines.console import progress, say
 from pipelines.fitting import check_axes, check_out
 from pipelines.leakage import FILE, LeakageError, Trace, read_history, traces
 from pipelines.normals import left_out, normal_items, read_hashes
+from pipelines.score import sites_of
 from pipelines.scoring import Scorer, read_calibration
 
 _METRICS = ("num_added", "num_removed", "num_fitted", "num_calibration", "failed")

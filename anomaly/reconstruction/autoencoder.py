@@ -33,7 +33,7 @@ class Autoencoder(ReconstructionDetector):
     network: channels, latent and size of the encoder and its decoder. The default keeps 16 numbers
         per position and takes any size; with a size it keeps 16 of the whole image, as in
         MedIAnomaly (Cai et al., 2024, https://arxiv.org/abs/2404.04518).
-    sigma: of the Gaussian on the maps, in pixels.
+    sigma: of the Gaussian on the maps, in pixels, for all axes or one for each.
     top: share of the valid pixels, those with the largest values, whose mean is the score; the
         default is the mean of all, as in MedIAnomaly.
     plan, selection, seed: as of `LearnedDetector`.
@@ -46,7 +46,7 @@ class Autoencoder(ReconstructionDetector):
         self,
         *,
         network: AutoencoderShape = _NETWORK,
-        sigma: float = 0.0,
+        sigma: float | list[float] = 0.0,
         top: float = 1.0,
         plan: TrainingPlan = _PLAN,
         selection: Selection | None = None,
@@ -109,7 +109,7 @@ class SSIMAutoencoder(ReconstructionDetector):
         *,
         network: AutoencoderShape = _SSIM_NETWORK,
         window: int = 11,
-        sigma: float = 0.0,
+        sigma: float | list[float] = 0.0,
         top: float = 1.0,
         plan: TrainingPlan = _PLAN,
         selection: Selection | None = None,

@@ -35,7 +35,7 @@ class DenoisingAutoencoder(ReconstructionDetector):
     noise_std: standard deviation of the noise, as a share of the span of normal intensities.
     noise_cells: cells of the noise along the longest side of the image; the other sides have as
         many as make cells of equal sides. The paper has 16 x 16 on 128 x 128 pixels.
-    sigma: of the Gaussian on the maps, in pixels.
+    sigma: of the Gaussian on the maps, in pixels, for all axes or one for each.
     top: share of the valid pixels, those with the largest values, whose mean is the score.
     plan, selection, seed: as of `LearnedDetector`; the plan has the steps, batch and learning rate
         of the authors' code.
@@ -54,7 +54,7 @@ class DenoisingAutoencoder(ReconstructionDetector):
         dims: int = 2,
         noise_std: float = 0.2,
         noise_cells: int = 16,
-        sigma: float = 1.5,
+        sigma: float | list[float] = 1.5,
         top: float = 1.0,
         plan: TrainingPlan = _PLAN,
         selection: Selection | None = None,

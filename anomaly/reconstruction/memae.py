@@ -37,7 +37,7 @@ class MemAE(ReconstructionDetector):
     shrink_threshold: weights of the mixture up to this one become 0 (eq. 7); the paper has 1 to 3
         times 1 / num_memory, and None is the lowest of these.
     entropy_weight: of the mixture's entropy in the loss.
-    sigma: of the Gaussian on the maps, in pixels.
+    sigma: of the Gaussian on the maps, in pixels, for all axes or one for each.
     top: share of the valid pixels, those with the largest values, whose mean is the score.
     plan, selection, seed: as of `LearnedDetector`; the plan has the learning rate of the authors'
         code.
@@ -55,7 +55,7 @@ class MemAE(ReconstructionDetector):
         num_memory: int = 2000,
         shrink_threshold: float | None = None,
         entropy_weight: float = 0.0002,
-        sigma: float = 0.0,
+        sigma: float | list[float] = 0.0,
         top: float = 1.0,
         plan: TrainingPlan = _PLAN,
         selection: Selection | None = None,

@@ -27,7 +27,7 @@ class ReconstructionDetector(LearnedDetector):
 
     dims: axes of the images, 2 or 3.
     size: of the images, where the network takes no other; None takes any.
-    sigma: of the Gaussian on the maps, in pixels.
+    sigma: of the Gaussian on the maps, in pixels, for all axes or one for each.
     top: the score is the mean over this share of the valid pixels, those with the largest values;
         1 is the mean of the map.
     """
@@ -37,7 +37,7 @@ class ReconstructionDetector(LearnedDetector):
         *,
         dims: int,
         size: Sequence[int] | None,
-        sigma: float,
+        sigma: float | list[float],
         top: float,
         plan: TrainingPlan,
         selection: Selection | None,
@@ -46,7 +46,7 @@ class ReconstructionDetector(LearnedDetector):
         super().__init__(plan=plan, selection=selection, seed=seed)
         if not 0 < top <= 1:
             raise ValueError(f"top must be a share of the pixels in (0, 1], got {top}")
-        if sigma < 0:
+        if min([sigma] if isinstance(sigma, (int, float)) else sigma) < 0:
             raise ValueError(f"sigma must not be negative, got {sigma}")
         self.axes = "HW" if dims == 2 else "DHW"
         self.sigma, self.top = sigma, top

@@ -33,7 +33,7 @@ class VAE(ReconstructionDetector):
         VAE of the paper keeps one vector.
     kl_weight: of the divergence from the standard Gaussian in the loss; 1 is the evidence lower
         bound where pixels follow a Laplace distribution of scale 1.
-    sigma: of the Gaussian on the maps, in pixels.
+    sigma: of the Gaussian on the maps, in pixels, for all axes or one for each.
     top: share of the valid pixels, those with the largest values, whose mean is the score.
     plan, selection, seed: as of `LearnedDetector`.
     Nothing is drawn when scoring: the map is |x - x_hat| at the mean of the latent, the mean over
@@ -47,7 +47,7 @@ class VAE(ReconstructionDetector):
         *,
         network: AutoencoderShape = _NETWORK,
         kl_weight: float = 1.0,
-        sigma: float = 0.0,
+        sigma: float | list[float] = 0.0,
         top: float = 1.0,
         plan: TrainingPlan = _PLAN,
         selection: Selection | None = None,

@@ -7,6 +7,7 @@
     card.md              for people
     calibration.json     written by calibration, where there is one
     seen.json            hashes of what an encoder was pretrained on
+    fitted.json          hashes of what a detector was fitted and calibrated on
 
 Loading never unpickles and imports classes of trusted packages only.
 """

@@ -1,5 +1,6 @@
 """A bank of grey levels, one per normal item, that takes items in and forgets them."""
 
+import mean_distance  # noqa: F401  it says anew which packages are trusted
 import torch
 
 import medssl.models.folder

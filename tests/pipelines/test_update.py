@@ -10,9 +10,11 @@ from grey_bank import GreyBank
 from mean_distance import MeanDistance
 from PIL import Image as Picture
 
+from anomaly.features.patchcore import PatchCore
 from medssl.data.manifest import build_manifest
 from medssl.data.preprocess import Preprocessing
 from medssl.models.folder import load_model
+from medssl.models.timm_encoder import TimmEncoder
 from pipelines.cli import main
 from pipelines.fit import fit
 from pipelines.leakage import LeakageError, read_history
@@ -196,3 +198,29 @@ def test_the_command_line_demands_a_calibration(model, tmp_path, held_out, capsy
     assert main([*arguments, "--calibration", str(held_out), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["num_added"], result["num_calibration"]) == (1, 4)
+
+
+def test_patchcore_takes_a_picture_in_and_forgets_it_again(tmp_path):
+    rng = np.random.default_rng(0)
+    for folder, count in (("data", 6), ("more", 1), ("held_out", 4)):
+        (tmp_path / folder).mkdir()
+        for i, pixels in enumerate(rng.integers(0, 255, (count, 32, 32), np.uint8)):
+            Picture.fromarray(pixels).save(tmp_path / folder / f"{i:03d}.png")
+    held_out, more = tmp_path / "held_out", tmp_path / "more"
+    fit(
+        tmp_path / "data",
+        PatchCore(TimmEncoder("test_resnet", in_channels=1), layers=["layer1"]),
+        tmp_path / "model",
+        preprocessing=Preprocessing(size=(32, 32), intensity="range"),
+        calibration=held_out,
+        rate=0.2,
+    )
+    update(str(tmp_path / "model"), tmp_path / "out", held_out, add=more)
+    update(str(tmp_path / "out"), tmp_path / "back", held_out, remove=more)
+    first, grown, back = (load_model(tmp_path / name).model for name in ("model", "out", "back"))
+    assert len(grown.bank_) > len(first.bank_)
+    torch.testing.assert_close(back.bank_, first.bank_, rtol=0, atol=0)
+    assert set(read_history(tmp_path / "out").fitted) == set(grown.items)
+    assert read_calibration(tmp_path / "back").scores == pytest.approx(
+        read_calibration(tmp_path / "model").scores
+    )
