@@ -1,5 +1,6 @@
 """Several processes that train together, as torchrun starts them; one is the simple case."""
 
+import atexit
 import os
 from typing import Any, Literal
 
@@ -52,6 +53,13 @@ def join() -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """End the group, if nobody has: gloo aborts a process that its threads outlive."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def gathered(rows: Tensor) -> Tensor:
