@@ -1,6 +1,7 @@
 """Several processes that train together, as torchrun starts them; one is the simple case."""
 
 import atexit
+import gc
 import os
 from typing import Any, Literal
 
@@ -53,12 +54,16 @@ def join() -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(_leave)
+        atexit.register(leave)
 
 
-def _leave() -> None:
-    """End the group, if nobody has: gloo aborts a process that its threads outlive."""
+def leave() -> None:
+    """End the group, if there is one and nobody has: its threads may not outlive a process.
+
+    What still holds it, such as a wrapped network in a cycle of references, is let go first.
+    """
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 

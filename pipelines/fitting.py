@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import Subset
 
 from anomaly.base import Detector, NormalData
@@ -28,7 +27,7 @@ from medssl.data.manifest import Item, Manifest, NoDataError, load_sample
 from medssl.data.preprocess import Preprocessing
 from medssl.data.readers.errors import ReadError
 from medssl.data.sample import Sample
-from medssl.distributed import join, processes, rank, sum_of_all
+from medssl.distributed import join, leave, processes, rank, sum_of_all
 from medssl.models.encoder import seen_by_encoders
 from medssl.models.folder import describe
 from pipelines.console import Progress, progress
@@ -239,11 +238,9 @@ def one_group() -> Iterator[None]:
     """Let the processes of a torchrun begin together, and part from each other in the end."""
     join()
     wait_for_all()  # the first looks for a work folder before the others write there
-    try:
-        yield
-    finally:
-        if processes() > 1:
-            dist.destroy_process_group()  # its threads may not outlive a process
+    yield
+    wait_for_all()  # a process whose partner is gone may be aborted
+    leave()
 
 
 def wait_for_all() -> None:
