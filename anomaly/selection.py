@@ -6,7 +6,7 @@ selection of zero-shot anomaly detectors in the absence of labels", 2023,
 https://arxiv.org/abs/2310.10461), so it is reported beside what it was chosen from.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -62,7 +62,8 @@ class Selection:
 
         Raises ValueError where there is only one patient or part.
         """
-        known = [_Place(i, normal[i].group) for i in range(len(normal))]
+        samples = (normal[i] for i in range(len(normal)))
+        known = [_Place(i, sample.item, sample.group) for i, sample in enumerate(samples)]
         training, held_out = split_by_group(known, self.share, seed)
         if not training or not held_out:
             raise ValueError(
@@ -86,7 +87,7 @@ class Selection:
         found: list[tuple[Tensor, Tensor, Tensor | None]] = []  # score (), map and mask (*spatial)
         for i in rows:
             generator = torch.Generator().manual_seed(1_000_003 * seed + i)
-            samples = [held_out[i]]
+            samples = [replace(held_out[i], mask=None)]
             for _ in range(self.per_normal):
                 other = rows[int(torch.randint(len(rows), (1,), generator=generator))]
                 samples.append(self.defects(held_out[i], held_out[other], generator))
@@ -189,14 +190,11 @@ class Chosen(Detector):
 
 @dataclass(frozen=True)
 class _Place:
-    """What `split_by_group` looks at."""
+    """What `split_by_group` looks at; slices and tiles have the item id of their image."""
 
     index: int
+    item: str
     group: str | None
-
-    @property
-    def item(self) -> str:
-        return str(self.index)
 
 
 def _device_of(model: nn.Module) -> torch.device:

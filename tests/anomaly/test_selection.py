@@ -212,3 +212,13 @@ def test_the_config_builds_candidates_that_differ():
         {**described[0], "layers": None, "whiten": None}
     ] * 2
     assert len({str(one) for one in described}) == 3
+
+
+def test_pieces_of_an_image_without_a_group_stay_together():
+    samples = [replace(sample, group=None) for sample in smooth_pictures(4)]
+    pieces = NormalData([sample for sample in samples for _ in range(5)])
+    sides = Selection(share=0.5).split(pieces, seed=0)
+    training, held_out = ({side[i].item for i in range(len(side))} for side in sides)
+    assert training
+    assert held_out
+    assert not training & held_out

@@ -209,26 +209,33 @@ def test_the_score_is_the_mean_of_the_largest_share_of_the_map(top):
         assert score.item() == pytest.approx(largest.mean(), rel=1e-5)
 
 
+class MeanOfShown(Said):
+    """A network that takes every patch to be the mean of those that are shown."""
+
+    def forward(self, images, hidden):
+        patches = patchify(images, self.patch_size)
+        shown = torch.where(hidden[..., None], torch.nan, patches)
+        return shown.nanmean(1, keepdim=True).expand_as(patches)
+
+
 def test_items_of_other_sizes_do_not_change_an_item():
     trained = saying()
-    samples = [picture(torch.rand(1, *size)) for size in ((8, 8), (12, 10), (8, 8), (24, 24))]
+    trained.network = MeanOfShown((2, 2))
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((8, 8), (12, 10), (8, 8), (24, 24))
+    samples = [picture(torch.rand(1, *size, generator=generator)) for size in sizes]
     error = StructureError(window=5)
 
-    def look(batch):
-        trained.network.hidden.clear()
-        return scored(batch.images["image"], trained, error, num_partitions=1, seed=0)
+    def look(*seen):
+        images = collate(list(seen)).images["image"]
+        return scored(images, trained, error, num_partitions=1, seed=0)
 
-    alone = [look(collate([sample])) for sample in samples]
-    trained.network.hidden.clear()
-    for rows in ((0, 2), (1,), (3,)):  # the passes of each size are counted from 0 alone
-        together = look(collate([samples[row] for row in rows] + [samples[3]]))
-        for place, row in enumerate(rows):
-            own = alone[row].maps["image"][0]
-            inside = together.maps["image"][place][: own.shape[0], : own.shape[1]]
-            assert together.maps["image"][place].isfinite().sum() == own.numel()
-            if place == 0 or rows == (0, 2):
-                torch.testing.assert_close(inside, own)
-                torch.testing.assert_close(together.score[place], alone[row].score[0])
+    together = look(*samples)
+    for row, (sample, (height, width)) in enumerate(zip(samples, sizes, strict=True)):
+        alone, maps = look(sample), together.maps["image"][row]
+        torch.testing.assert_close(together.score[row], alone.score[0])
+        torch.testing.assert_close(maps[:height, :width], alone.maps["image"][0])
+        assert maps.isfinite().sum() == height * width
 
 
 def test_settings_that_mean_nothing_are_refused():
