@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from medssl.data.image import Frame, pixel_affine
+from medssl.data.image import Frame, PointCloud, pixel_affine
 from medssl.data.modality import Modality
 from medssl.data.sample import Batch, ImageBatch, Sample, collate
 
@@ -20,12 +20,15 @@ class AnomalyMap:
     """What a detector says of a batch; larger is more anomalous, raw, never normalized or clamped.
 
     score: (B,) float32.
-    maps: keyed as the batch's images, each (B, *spatial axes) on the batch's padded grid; for a
-        free cloud a list with one value per point. NaN outside `valid`; NaN counts nowhere.
+    maps: "image": (B, *spatial axes) on the batch's padded grid; or, of free clouds, "points": one
+        (P,) float32 tensor per item. NaN outside `valid`; NaN counts nowhere.
+    missing: of each item, which of the modalities that the detector was fitted on were not there,
+        such as ("color",); empty where none was missing from any.
     """
 
     score: Tensor
     maps: Mapping[str, Tensor | list[Tensor]]
+    missing: tuple[tuple[str, ...], ...] = ()
 
 
 class NormalData:
@@ -74,7 +77,7 @@ class Detector(nn.Module):
     """
 
     axes: str = "HW"
-    """Axes of the images it takes."""
+    """Axes of the images it takes; "points" of a detector on free clouds."""
 
     unbounded: bool = True
     """Whether its raw score grows with the strength of an anomaly without a limit; that of a cosine
@@ -102,7 +105,8 @@ class Detector(nn.Module):
                     module.register_buffer(name, buffer.new_empty(0))
 
     def selftest_shape(self, image: Sequence[int]) -> tuple[int, ...]:
-        """Of the noise of the self-test, for images (C, *axes) as it was fitted on."""
+        """Of the noise of the self-test, for images (C, *axes) or points (P, 3) as it was fitted
+        on."""
         return (2 if self.axes == "HW" else 1, *image)
 
     def selftest(self, noise: Tensor) -> Tensor:
@@ -124,7 +128,10 @@ class Detector(nn.Module):
 
 
 def noise_batch(noise: Tensor, axes: str) -> Batch:
-    """A batch around bare pixels (B, C, *axes) in the pixel frame."""
+    """A batch around bare pixels (B, C, *axes) in the pixel frame, or bare points (B, P, 3)."""
+    if axes == "points":
+        clouds = [PointCloud(points=points, unit="unknown") for points in noise]
+        return collate([Sample(item=f"noise{i}", points=one) for i, one in enumerate(clouds)])
     count, spatial = len(noise), tuple(noise.shape[2:])
     images = ImageBatch(
         pixels=noise,

@@ -173,7 +173,7 @@ def save_classifier(
             f"{', '.join(classes)}; fitted on {len(learnt)} images (manifest "
             f"{asked.manifest.digest}).\n"
         ),
-        noise=selftest_noise(encoder.selftest_shape(preprocessing.size)),
+        noise=selftest_noise(encoder.selftest_shape(preprocessing.picture_size)),
     )
 
 

@@ -150,7 +150,7 @@ def _save(
     same: dict[str, Any] = {"preprocessing": preprocessing, "domain": domain, "card": card}
     whole = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)) / "encoder"
     try:
-        noise = selftest_noise(encoder.selftest_shape(preprocessing.size))
+        noise = selftest_noise(encoder.selftest_shape(preprocessing.picture_size))
         files = {"seen.json": seen.to_dict()}
         save_model(whole, encoder, kind="encoder", noise=noise, files=files, **same)
         for name, network in networks.items():

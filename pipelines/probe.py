@@ -226,7 +226,7 @@ def _classifier(
 
 def _cost(contender: Contender, device: str) -> Cost:
     encoder, preprocessing = next(contender.members())
-    return cost_of(encoder, encoder.selftest_shape(preprocessing.size)[2:], device=device)
+    return cost_of(encoder, encoder.selftest_shape(preprocessing.picture_size)[2:], device=device)
 
 
 def _keep(run: Run, out: Path, results: list[Result]) -> None:

@@ -1,7 +1,7 @@
 """Pixels and points with their place in the world."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -89,6 +89,8 @@ class PointCloud:
     points: (P, 3) float32.
     unit: "m", "mm" or "unknown".
     colors, normals: (P, 3) float32 or None; colors in 0..1, normals as stored.
+    valid: (P,) bool, False on points that are not looked at (a table, clutter); None: all are.
+        Points keep their number and order, so that one value per point leads home.
     provenance: how the points came to be (reader, points left out, hashes, doubts).
     """
 
@@ -96,15 +98,34 @@ class PointCloud:
     unit: str
     colors: Tensor | None = None
     normals: Tensor | None = None
+    valid: Tensor | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.valid is not None and tuple(self.valid.shape) != (len(self.points),):
+            raise ValueError(f"valid must be ({len(self.points)},), got {tuple(self.valid.shape)}")
         for name in ("points", "colors", "normals"):
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != (len(self.points), 3):
                 raise ValueError(
                     f"{name} must be ({len(self.points)}, 3), got {tuple(value.shape)}"
                 )
+
+    @property
+    def looked_at(self) -> Tensor:
+        """(P,) bool: `valid`, or True everywhere."""
+        if self.valid is None:
+            return torch.ones(len(self.points), dtype=torch.bool, device=self.points.device)
+        return self.valid
+
+    def to(self, device: torch.device | str) -> "PointCloud":
+        """The same cloud on `device`."""
+        tensors = {
+            name: value.to(device)
+            for name in ("points", "colors", "normals", "valid")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **tensors)
 
 
 def pixel_affine() -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from medssl.data.geometry import reorient, resample, resize
+from medssl.data.geometry_steps import Geometry, removed
 from medssl.data.image import Image
 from medssl.data.modality import Modality, ct_window
 from medssl.data.region import crop_ultrasound, foreground, intracranial
@@ -22,6 +23,9 @@ _PERCENTILES = (0.005, 0.995)
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
     """What every image goes through before a network; saved with each model.
+
+    `size` and `intensity` belong to pictures and volumes, `geometry` to xyz images and free clouds;
+    RGB-D takes all three. What the geometry leaves out as background is invalid in the picture too.
 
     size: (H, W) in pixels after resizing with antialiasing; the aspect ratio is not kept. Of
         volumes (D, H, W) too, for networks that take whole ones; with two sides D stays.
@@ -44,10 +48,11 @@ class Preprocessing:
         fitted, and without a map. "intracranial" is what the skull encloses in a head CT;
         "ultrasound" cuts a picture to the regions that its DICOM header declares (see
         `medssl.data.region`).
+    geometry: of xyz images, also of those beside a picture, and of free clouds.
     """
 
-    size: tuple[int, int] | tuple[int, int, int]
-    intensity: Literal["window", "range", "percentile", "foreground", "depth"]
+    size: tuple[int, int] | tuple[int, int, int] | None = None
+    intensity: Literal["window", "range", "percentile", "foreground", "depth"] | None = None
     window_hu: tuple[float, float] | str | None = None
     channels: int | None = None
     mean: tuple[float, ...] = (0.5,)
@@ -56,9 +61,12 @@ class Preprocessing:
     region: Literal["all", "intracranial", "ultrasound"] = "all"
     slab: int = 1
     slab_mm: float | None = None
+    geometry: Geometry | None = None
 
     def __post_init__(self) -> None:
-        if len(self.size) not in (2, 3):
+        if self.geometry is None and (self.size is None or self.intensity is None):
+            raise ValueError("pictures and volumes need size and intensity; clouds need geometry")
+        if self.size is not None and len(self.size) not in (2, 3):
             raise ValueError(f"size is (H, W), or (D, H, W) of volumes, got {self.size}")
         if self.slab < 1 or self.slab % 2 == 0:
             raise ValueError(f"slab is 1, 3, 5 ... slices, got {self.slab}")
@@ -76,23 +84,48 @@ class Preprocessing:
         """The image on the network's grid and scale; its affine still leads home."""
         if "T" in image.axes:
             raise ValueError(f"images with a T axis are not supported yet, got {image.axes!r}")
+        if self.geometry is not None and image.channels == ("x", "y", "z"):
+            size = self.size
+            return self.geometry.of_image(image, None if size is None else (size[-2], size[-1]))
         if self.intensity == "depth":
             image = _depth(image)
-        image = resize(self._looked_at(self._oriented(image)), self.size)
+        image = resize(self._looked_at(self._oriented(image)), self.picture_size)
         pixels = self._with_neighbours(
             image, self._standardized(self._matched(self._scaled(image)))
         )
         return replace(image, pixels=pixels, value_range=None, units="normalized")
 
+    @property
+    def picture_size(self) -> tuple[int, int] | tuple[int, int, int]:
+        """Raises ValueError where this is the preprocessing of clouds alone."""
+        if self.size is None:
+            raise ValueError("this preprocessing is of clouds and takes no picture; give its size")
+        return self.size
+
     def sample(self, sample: Sample) -> Sample:
-        """The sample with its image preprocessed and its mask on the same grid."""
-        if "image" not in sample.images:
-            raise ValueError("a free point cloud has no picture to preprocess; leave it out")
-        image = self(sample.images["image"])
+        """The sample with its images and points preprocessed and its mask on the same grid."""
+        if sample.points is not None:
+            if self.geometry is None:
+                raise ValueError("a free point cloud has no picture to preprocess; leave it out")
+            return replace(sample, points=self.geometry.of_cloud(sample.points))
+        images = {**sample.images, "image": self(sample.images["image"])}
+        if "xyz" in images and self.geometry is not None:
+            images |= self._with_geometry(images["image"], images["xyz"])
         mask = sample.mask
         if mask is not None:
-            mask = resample(mask, to=image, mode="nearest", outside=0.0)
-        return replace(sample, images={**sample.images, "image": image}, mask=mask)
+            mask = resample(mask, to=images["image"], mode="nearest", outside=0.0)
+        return replace(sample, images=images, mask=mask)
+
+    def _with_geometry(self, picture: Image, xyz: Image) -> dict[str, Image]:
+        """The prepared geometry, and the prepared picture without the background it shows."""
+        assert self.geometry is not None
+        plain = Geometry(unit=self.geometry.unit)
+        height, width = picture.spatial_shape
+        seen = self.geometry.of_image(xyz, (height, width))
+        valid = ~removed(plain.of_image(xyz, (height, width)), seen)
+        if picture.valid is not None:
+            valid &= picture.valid
+        return {"image": replace(picture, valid=valid), "xyz": seen}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for model.yaml."""
@@ -108,6 +141,8 @@ class Preprocessing:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items()
         }
+        if arguments.get("geometry") is not None:
+            arguments["geometry"] = Geometry(**arguments["geometry"])
         return cls(**arguments)
 
     def _oriented(self, image: Image) -> Image:
@@ -132,6 +167,11 @@ class Preprocessing:
         return replace(image, pixels=pixels)
 
     def _limits(self, image: Image) -> tuple[float, float]:
+        if self.intensity is None:
+            raise ValueError(
+                f"this preprocessing is of geometry alone and takes no {image.modality} picture; "
+                "give its intensity"
+            )
         if self.intensity == "window":
             if image.modality is not Modality.CT:
                 raise ValueError(

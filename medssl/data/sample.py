@@ -17,9 +17,12 @@ class Sample:
     """One item: its images by role, what is known about it, and whom it belongs to.
 
     item: the manifest's id; the only name of it that may leave this machine.
-    images: by role: "image", "flair", "rgb", "xyz", ...
+    images: by role: "image", "flair", ...; "xyz" is the organized geometry beside a picture, on
+        its grid. Geometry without a picture is the "image" itself (modality DEPTH).
+    points: a free cloud; then there are no images.
     label: 0 normal, 1 anomalous, None unknown.
     mask: 1 on the lesion or defect, with its own affine; None where there is none.
+    point_labels: (P,) bool of the free cloud, True on a defect; None where not known.
     group: salted patient or part; items of one group never lie on both sides of a split.
     study: salted study, or None.
     """
@@ -30,8 +33,17 @@ class Sample:
     report: str | None = None
     label: int | None = None
     mask: Image | None = None
+    point_labels: Tensor | None = None
     group: str | None = None
     study: str | None = None
+
+    def __post_init__(self) -> None:
+        labels, cloud = self.point_labels, self.points
+        if labels is not None and (cloud is None or labels.shape != cloud.points.shape[:1]):
+            raise ValueError(
+                f"item {self.item}: {len(labels)} point labels for "
+                f"{'no cloud' if cloud is None else f'{len(cloud.points)} points'}; give one each"
+            )
 
     def with_image(self, image: Image, role: str = "image") -> "Sample":
         """The same item with the image of one role replaced."""
@@ -92,6 +104,7 @@ class Batch:
         return replace(
             self,
             images={role: images.to(device) for role, images in self.images.items()},
+            points=tuple(cloud and cloud.to(device) for cloud in self.points),
             labels=self.labels.to(device),
             masks=None if self.masks is None else self.masks.to(device),
         )

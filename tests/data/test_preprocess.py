@@ -187,7 +187,7 @@ def test_what_an_older_model_saved_still_loads():
     saved |= {"mean": [0.5], "std": [0.25], "plane": "axial", "region": "intracranial"}
     prepare = Preprocessing.from_dict(saved)
     assert prepare.window_hu == (35.0, 60.0)
-    assert prepare.to_dict() == {**saved, "slab": 1, "slab_mm": None}
+    assert prepare.to_dict() == {**saved, "slab": 1, "slab_mm": None, "geometry": None}
 
 
 @pytest.mark.parametrize("choice", [{"intensity": "foreground"}, {"intensity": "depth"}])

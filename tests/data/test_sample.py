@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from medssl.data.image import Image, pixel_affine
+from medssl.data.image import Image, PointCloud, pixel_affine
 from medssl.data.modality import Modality
 from medssl.data.sample import Sample, collate
 
@@ -77,3 +77,25 @@ def test_moving_a_batch_keeps_its_ids():
     batch = collate([sample("a", 2, 2, label=0)]).to("cpu")
     assert batch.items == ("a",)
     assert len(batch) == 1
+
+
+def test_point_labels_need_one_for_each_point_of_a_cloud():
+    cloud = PointCloud(points=torch.zeros(5, 3), unit="mm")
+    Sample(item="a", points=cloud, point_labels=torch.zeros(5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="item a: 4 point labels for 5 points"):
+        Sample(item="a", points=cloud, point_labels=torch.zeros(4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="3 point labels for no cloud"):
+        Sample(item="a", point_labels=torch.zeros(3, dtype=torch.bool))
+
+
+def test_points_that_are_not_looked_at_keep_their_place_in_a_batch():
+    cloud = PointCloud(
+        points=torch.arange(12.0).reshape(4, 3), unit="mm", valid=torch.arange(4) > 1
+    )
+    batch = collate([Sample(item="a", points=cloud), Sample(item="b", points=cloud)]).to("cpu")
+    first = batch.points[0]
+    assert first is not None
+    assert first.points.equal(cloud.points)
+    assert first.looked_at.tolist() == [False, False, True, True]
+    with pytest.raises(ValueError, match=r"valid must be \(4,\)"):
+        PointCloud(points=cloud.points, unit="mm", valid=torch.ones(3, dtype=torch.bool))
