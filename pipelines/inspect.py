@@ -1,24 +1,28 @@
 """Job: what images are here, and what is wrong with them?"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medssl.data.layouts.plain import Entry, find_images
+from medssl.data.layouts.placed import placed
+from medssl.data.layouts.plain import Entry, Listing, find_images
 from medssl.data.manifest import NoDataError
+from medssl.data.modality import Modality
 from medssl.data.privacy import salted
 from medssl.data.readers.dicom_series import Series
 from medssl.data.readers.errors import CorruptFileError, ReadError
 from pipelines.console import say, table
 
 _COLUMNS = (
-    *("item", "path", "series", "modality", "shape", "spacing"),
+    *("item", "path", "role", "series", "modality", "shape", "spacing"),
     *("orientation", "transfer_syntax", "problems"),
 )
 
+_NAMED = 5  # images that a note names
+
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Show every series, volume and picture under a path, and what would stop it from being read.
+    """Show every series, volume, picture and cloud under a path, and what would stop its reading.
 
     Only headers are read, so damage inside the pixels does not show. Nothing that identifies a
     patient is shown, but paths are, since they are yours.
@@ -28,19 +32,24 @@ def inspect(path: Path) -> dict[str, Any]:
 
     Returns:
         `images`: a row per image, with shape and spacing (mm, None where unknown) per array axis,
-        orientation as the letters that each axis (D, H, W) grows towards, `problems` with the
+        orientation as the letters that each axis (D, H, W) grows towards, `role` (image, mask, xyz
+        beside a picture; None without a place in the folder's layout) and `unit` of points as the
+        layout says, `problems` with the
         argument of `read_image` that would resolve each, and `notes`;
         `others`: files that are no image; `failed`: images with problems.
     """
     if not path.exists():
         raise FileNotFoundError(f"expected a folder or an image; there is no {path}")
     listing = find_images(path)
-    rows = [row for entry in listing.entries for row in _rows(entry)]
+    places, num_texts = _placed(path, listing)
+    rows = [row for one in listing.entries for row in _rows(places.get(one.key, one))]
+    others = listing.skipped - num_texts
     _beside_others(rows)
+    _out_of_place(rows, places)
     if not rows:
         raise NoDataError(
-            f"no image found in {path}: expected DICOM, NIfTI or pictures, "
-            f"found {listing.skipped} other files"
+            f"no image found in {path}: expected DICOM, NIfTI, pictures or points, "
+            f"found {others} other files"
         )
     failed = sum(bool(row["problems"]) for row in rows)
     table(_COLUMNS, [[_cell(row[column]) for column in _COLUMNS] for row in rows])
@@ -48,10 +57,43 @@ def inspect(path: Path) -> dict[str, Any]:
         for problem in row["problems"]:
             way = f" [{problem['argument']}]" if problem["argument"] else ""
             say(f"{row['path']}: {problem['error']}: {problem['message']}{way}")
+    _tell_notes(rows)
+    say(f"{len(rows)} images, {failed} with problems, {others} other files")
+    return {"images": rows, "others": others, "failed": failed}
+
+
+def _tell_notes(rows: Sequence[dict[str, Any]]) -> None:
+    """Each note with its images, by their number where they are many."""
+    paths: dict[str, list[str]] = {}
+    for row in rows:
         for note in row["notes"]:
-            say(f"{row['path']}: {note}")
-    say(f"{len(rows)} images, {failed} with problems, {listing.skipped} other files")
-    return {"images": rows, "others": listing.skipped, "failed": failed}
+            paths.setdefault(note, []).append(row["path"])
+    for note, told in paths.items():
+        for path in told if len(told) <= _NAMED else [f"{len(told)} images"]:
+            say(f"{path}: {note}")
+
+
+def _placed(path: Path, listing: Listing) -> tuple[dict[str, Entry], int]:
+    """By key what the layout says of each image, and the number of files of reports and labels.
+
+    A layout that contradicts itself is told, and then says nothing.
+    """
+    try:
+        entries = placed(path, listing).entries
+    except ValueError as error:
+        say(f"the folder's layout: {error}")
+        return {}, 0
+    texts = {entry.path for entry in entries if entry.kind == "text"}
+    return {entry.key: entry for entry in entries}, len(texts)
+
+
+def _out_of_place(rows: Sequence[dict[str, Any]], places: Mapping[str, Entry]) -> None:
+    """Tell the images that a manifest of the folder would leave out."""
+    kept = {salted(key) for key in places}
+    for row in rows:
+        if places and row["item"] not in kept:
+            row["role"] = None
+            row["notes"].append("the folder's layout has no place for it; no manifest will hold it")
 
 
 def _rows(entry: Entry) -> Iterator[dict[str, Any]]:
@@ -76,7 +118,8 @@ def _picture(entry: Entry) -> dict[str, Any]:
     from medssl.data.readers.picture import picture_shape
 
     channels, *shape = picture_shape(entry.path)
-    return _row(entry, channels=channels, shape=shape)
+    notes = [_of_unit("xyz", entry)] if entry.modality is Modality.DEPTH else []
+    return _row(entry, channels=channels, shape=shape, notes=notes)
 
 
 def _nifti(entry: Entry) -> dict[str, Any]:
@@ -108,8 +151,14 @@ def _points(entry: Entry) -> dict[str, Any]:
 
     header = points_header(entry.path)
     shape = (header.height, header.width) if header.height > 1 else (header.num_points,)
-    note = f"{'organized' if header.height > 1 else 'free'} points; their unit is not in the file"
-    return _row(entry, channels=3, shape=shape, notes=[note])
+    what = f"{'organized' if header.height > 1 else 'free'} points"
+    return _row(entry, channels=3, shape=shape, notes=[_of_unit(what, entry)])
+
+
+def _of_unit(what: str, entry: Entry) -> str:
+    """The unit as the layout says it; otherwise whoever knows it has to."""
+    known = f"in {entry.unit}, as their layout says"
+    return f"{what} {known}" if entry.unit else f"{what}; their unit is not in the file"
 
 
 def _video(entry: Entry) -> dict[str, Any]:
@@ -203,6 +252,8 @@ def _row(
         "path": str(entry.relative),
         "folder": str(entry.relative.parent),
         "kind": entry.kind,
+        "role": entry.role,
+        "unit": entry.unit,
         "series": entry.series,
         "modality": entry.modality.value,
         "channels": channels,

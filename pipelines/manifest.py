@@ -20,12 +20,15 @@ from medssl.data.manifest import (
     Manifest,
     check_any,
     manifest_of,
+    read_item,
     read_manifest,
     with_groups,
+    with_unit,
 )
+from medssl.data.modality import Modality
 from medssl.data.privacy import salted
-from medssl.data.readers.any import read_image
 from medssl.data.readers.errors import ReadError
+from medssl.data.readers.points_stored import Unit
 from pipelines.console import progress, say
 
 _HASHED_TOGETHER = 32
@@ -41,6 +44,7 @@ def manifest(
     hash: bool = False,  # noqa: A002 the option's name
     groups: str | None = None,
     table: str | None = None,
+    unit: Unit | None = None,
     workers: int | None = None,
 ) -> dict[str, Any]:
     """Write the table of all images under a path, which every other job takes in its place.
@@ -57,6 +61,8 @@ def manifest(
         groups: FILE:COLUMN that names the patient or part of each image.
         table: a CSV table whose column `path` finds the images, and whose columns label, split,
             category, defect, group, modality, mask and report are joined.
+        unit: of the coordinates of points, xyz and depth, m or mm, which no file says; without it
+            what the folder's layout says.
         workers: processes; as many as there are cores by default.
     """
     if out.suffix != ".parquet":
@@ -66,12 +72,15 @@ def manifest(
     started = time.monotonic()
     found = _listed(path, Parts(work / "list"), workers)
     told: dict[str, Any] = {"images": len(found.images), "others": found.skipped}
+    told["with_xyz"] = sum(item.role == "xyz" for item in found.items)
     root = Path(os.path.abspath(path))
     root = root if root.is_dir() else root.parent
     if groups is not None:
         found = with_groups(found, groups, root)
     if table is not None:
         found, told["joined"] = join_table(found, table, root)
+    if unit is not None:
+        found = with_unit(found, unit)
     failed: dict[str, str] = {}
     if hash:
         found, failed = _hashed(found, work / "hash", workers)
@@ -81,7 +90,8 @@ def manifest(
     shutil.rmtree(work, ignore_errors=True)
     for item, reason in failed.items():
         say(f"{item}: {reason}")
-    say(f"{len(found.images)} images, {found.skipped} other files; wrote {out}")
+    depth = f" ({told['with_xyz']} with xyz)" if told["with_xyz"] else ""
+    say(f"{len(found.images)} images{depth}, {found.skipped} other files; wrote {out}")
     seconds = time.monotonic() - started
     return {"manifest": out, **told, "failed": len(failed), "seconds": seconds}
 
@@ -160,10 +170,9 @@ def _hash(items: Sequence[Item]) -> Hashes:
     hashes: Hashes = {}
     for item in items:
         try:
-            image = read_image(Path(item.path), series=item.series, hashes=True)
-            hashes[item.item] = {
-                name: image.provenance[name] for name in ("file_sha256", "pixel_sha256")
-            }
+            stored = replace(item, modality=Modality.UNKNOWN)  # whatever a table says of it
+            provenance = read_item(stored, hashes=True).provenance
+            hashes[item.item] = {name: provenance[name] for name in ("file_sha256", "pixel_sha256")}
         except ReadError as error:
             hashes[item.item] = {"error": f"{type(error).__name__}: {error}"}
     return hashes

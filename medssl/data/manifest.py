@@ -7,18 +7,22 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
+from medssl.data.companions import beside, on_image
 from medssl.data.groups import read_groups
 from medssl.data.image import Image, PointCloud
-from medssl.data.layouts.mvtec_ad import is_mvtec_ad, place_mvtec_ad
+from medssl.data.layouts.eyecandies import is_eyecandies_depth, read_eyecandies_depth
+from medssl.data.layouts.placed import placed
 from medssl.data.layouts.plain import Entry, Listing, find_images
-from medssl.data.layouts.reports_csv import is_reports_csv, place_reports_csv, report_of
+from medssl.data.layouts.real3d import point_labels
+from medssl.data.layouts.reports_csv import report_of
 from medssl.data.modality import Modality
 from medssl.data.privacy import key_fingerprint, salted
 from medssl.data.readers.any import Kind, read_image
-from medssl.data.readers.errors import InconsistentGeometryError, ReadError
+from medssl.data.readers.errors import ReadError, UnsupportedFormatError
 from medssl.data.readers.points import read_points
+from medssl.data.readers.points_stored import Unit
 from medssl.data.readers.stored import read_text
 from medssl.data.sample import Sample
 from medssl.data.select import compile_selection
@@ -30,17 +34,19 @@ class NoDataError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One image of a manifest, or the mask or report of one.
+    """One image of a manifest, or the mask, report or xyz of one.
 
     item: salted identifier; the only name of the item that may leave this machine.
     path: absolute; local.
-    kind: which reader.
+    kind: which reader; a mask of kind "text" is a label for each point of a free cloud.
+    role: "xyz" is what a depth camera measured beside its picture; without a picture it is "image".
     series: salted series identifier, as `read_image(series=...)` takes it.
-    of: the item that a mask or report belongs to.
+    of: the item that a mask, report or xyz belongs to.
     label: 0 normal, 1 anomalous, None unknown.
     defect: what kind of anomaly, where the folder says so.
     group: salted patient or part. study: salted study.
     modality: what the headers say; see `Modality`.
+    unit: of points, xyz and depth, where the folder or the user says; files do not.
     file_sha256, pixel_sha256: None until somebody has read the file.
     """
 
@@ -48,7 +54,7 @@ class Item:
     path: str
     kind: Kind | Literal["text"]
     series: str | None = None
-    role: Literal["image", "mask", "report"] = "image"
+    role: Literal["image", "mask", "report", "xyz"] = "image"
     of: str | None = None
     split: Literal["train", "test"] | None = None
     label: int | None = None
@@ -57,6 +63,7 @@ class Item:
     group: str | None = None
     study: str | None = None
     modality: str = Modality.UNKNOWN.value
+    unit: Unit | None = None
     file_sha256: str | None = None
     pixel_sha256: str | None = None
 
@@ -65,11 +72,13 @@ COLUMNS: dict[str, type] = {
     field.name: int if field.name == "label" else str for field in fields(Item)
 }
 _LOCAL = ("path", "file_sha256", "pixel_sha256")
+_LATER = ("unit",)
+"""Not in older tables: those are read as well, and have the digest that they had."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Images in the order of their relative paths, then masks and reports.
+    """Images in the order of their relative paths, then masks, reports and xyz.
 
     key: fingerprint of the key that salted the identifiers.
     skipped: number of files of the folder that are no image, or that its layout has no place for.
@@ -81,7 +90,7 @@ class Manifest:
 
     @property
     def images(self) -> tuple[Item, ...]:
-        """The items that are neither mask nor report."""
+        """The items that belong to no other."""
         return tuple(item for item in self.items if item.role == "image")
 
     @property
@@ -90,10 +99,7 @@ class Manifest:
 
         Identifiers are salted, so equal digests need the same key.
         """
-        rows = [
-            json.dumps({name: value for name, value in asdict(item).items() if name not in _LOCAL})
-            for item in self.items
-        ]
+        rows = [json.dumps(_lasting(item)) for item in self.items]
         return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()[:16]
 
     @cached_property
@@ -108,12 +114,16 @@ class Manifest:
         """The report item of an image item, or None."""
         return self._belonging.get(("report", item.item))
 
+    def xyz_of(self, item: Item) -> Item | None:
+        """The item of the geometry beside a picture item, or None."""
+        return self._belonging.get(("xyz", item.item))
+
     def paths(self) -> dict[str, PurePosixPath]:
         """The absolute path of each image."""
         return {item.item: PurePosixPath(Path(item.path).as_posix()) for item in self.images}
 
     def where(self, **equal: str | int | None) -> "Manifest":
-        """The images whose columns have these values, with their masks."""
+        """The images whose columns have these values, with what belongs to them."""
         for name in equal:
             if name not in COLUMNS:
                 raise ValueError(f"unknown column {name!r}; the manifest has {', '.join(COLUMNS)}")
@@ -126,7 +136,7 @@ class Manifest:
         )
 
     def select(self, expression: str) -> "Manifest":
-        """The images for which an expression over the columns holds, with their masks.
+        """The images for which an expression over the columns holds, with what belongs to them.
 
         `split == 'train' and label == 0`, `category in ['nut', 'bolt']`, `defect is None`.
         Raises ValueError as `compile_selection` does.
@@ -153,6 +163,15 @@ class Manifest:
         fresh.replace(path)
 
 
+def _lasting(item: Item) -> dict[str, str | int | None]:
+    """What a digest is over."""
+    return {
+        name: value
+        for name, value in asdict(item).items()
+        if name not in _LOCAL and not (name in _LATER and value is None)
+    }
+
+
 def read_manifest(path: Path) -> Manifest:
     """A manifest that `Manifest.write` wrote.
 
@@ -167,7 +186,7 @@ def read_manifest(path: Path) -> Manifest:
     except pa.ArrowInvalid as error:
         raise ValueError(f"expected a manifest in parquet, and this is none: {error}") from None
     about = table.schema.metadata or {}
-    if b"medssl_key" not in about or set(table.column_names) != set(COLUMNS):
+    if b"medssl_key" not in about or {*table.column_names, *_LATER} != set(COLUMNS):
         raise ValueError(
             f"expected a manifest with the columns {', '.join(COLUMNS)} and the fingerprint of its "
             f"key; got the columns {', '.join(table.column_names)}. Write it with medssl manifest"
@@ -184,8 +203,8 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def build_manifest(path: Path, *, groups: str | None = None) -> Manifest:
-    """The images of a folder (in MVTec AD's layout, with a table of reports, or any other), of one
-    file, or of a manifest.
+    """The images of a folder (in a layout of `medssl.data.layouts`, or any other), of one file, or
+    of a manifest.
 
     Headers are read, pixels are not.
 
@@ -212,17 +231,14 @@ def check_any(manifest: Manifest, path: Path) -> None:
     """Raises NoDataError where a manifest holds no image."""
     if not manifest.images:
         raise NoDataError(
-            f"no image found in {path}: expected DICOM, NIfTI or pictures, "
+            f"no image found in {path}: expected DICOM, NIfTI, pictures or points, "
             f"found {manifest.skipped} other files"
         )
 
 
 def manifest_of(path: Path, listing: Listing) -> Manifest:
     """The manifest of what was found in a folder, placed as its layout says where it has one."""
-    if is_mvtec_ad(path):
-        listing = place_mvtec_ad(path, listing)
-    elif is_reports_csv(path):
-        listing = place_reports_csv(path, listing)
+    listing = placed(path, listing)
     items = _items(listing.entries)
     return Manifest(items=items, key=key_fingerprint(), skipped=listing.skipped)
 
@@ -251,7 +267,24 @@ def _item(entry: Entry, length: int) -> Item:
         group=entry.group,
         study=entry.study,
         modality=entry.modality.value,
+        unit=entry.unit,
     )
+
+
+def with_unit(manifest: Manifest, unit: Unit) -> Manifest:
+    """The manifest with the unit of all its points, xyz and depth, whatever the folder said.
+
+    Depth of Eyecandies stays in meters: it has a scale of its own beside it.
+    """
+    items = [replace(item, unit=unit) if _has_no_unit(item) else item for item in manifest.items]
+    return replace(manifest, items=tuple(items))
+
+
+def _has_no_unit(item: Item) -> bool:
+    """Whether it holds coordinates or distances whose unit is not in the file."""
+    if item.kind == "points":
+        return True
+    return item.modality == Modality.DEPTH and not is_eyecandies_depth(Path(item.path))
 
 
 def with_groups(manifest: Manifest, spec: str, root: Path) -> Manifest:
@@ -265,29 +298,39 @@ def with_groups(manifest: Manifest, spec: str, root: Path) -> Manifest:
 
 
 def load_sample(manifest: Manifest, item: Item, *, hashes: bool = False) -> Sample:
-    """Read an item with its mask and report; image and mask each on its own grid in one frame.
+    """Read an item with its mask, report and xyz; each on its own grid in one frame.
 
-    A free point cloud becomes `points` instead of an image.
+    The xyz beside a picture becomes the role "xyz", on the picture's grid; without a picture it is
+    the role "image". A free point cloud becomes `points` instead of an image, and its mask
+    `point_labels`.
 
-    hashes: put `file_sha256` and `pixel_sha256` into the image's provenance.
+    hashes: put `file_sha256` and `pixel_sha256` into the provenance of the image or the points.
 
-    Raises ReadError, naming the item, where a file is missing or broken, or where the mask cannot
-    lie on the image.
+    Raises ReadError, naming the item, where a file is missing or broken, or where mask or xyz
+    cannot lie on the image, or the labels on the points.
     """
     try:
-        given = _read(item, hashes=hashes)
-        mask_item = manifest.mask_of(item)
-        mask = None
-        if mask_item is not None and isinstance(given, Image):
-            mask = _on_image(read_image(Path(mask_item.path), series=mask_item.series), given)
+        found = _found(manifest, item, read_item(item, hashes=hashes))
     except ReadError as error:
         raise type(error)(f"item {item.item}: {error}") from error
-    return replace(
-        annotated(manifest, item),
-        images={"image": given} if isinstance(given, Image) else {},
-        points=given if isinstance(given, PointCloud) else None,
-        mask=mask,
-    )
+    return replace(annotated(manifest, item), **found)
+
+
+def _found(manifest: Manifest, item: Item, given: Image | PointCloud) -> dict[str, Any]:
+    """What a sample gets from files: its images and mask, or its points and their labels."""
+    mask, xyz = manifest.mask_of(item), manifest.xyz_of(item)
+    if isinstance(given, PointCloud):
+        if mask is not None and mask.kind != "text":
+            raise UnsupportedFormatError(
+                "its mask is a picture and it has free points; give it a label for each point"
+            )
+        labels = None if mask is None else point_labels(Path(mask.path), given)
+        return {"points": given, "point_labels": labels}
+    images = {"image": given}
+    if xyz is not None:
+        images["xyz"] = beside(read_item(xyz), given)
+    marked = None if mask is None else read_image(Path(mask.path), series=mask.series)
+    return {"images": images, "mask": None if marked is None else on_image(marked, given)}
 
 
 def annotated(manifest: Manifest, item: Item) -> Sample:
@@ -316,36 +359,17 @@ def files_of(item: Item) -> list[Path]:
     return [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
 
 
-def _read(item: Item, *, hashes: bool) -> Image | PointCloud:
+def read_item(item: Item, *, hashes: bool = False) -> Image | PointCloud:
+    """What an item's file holds, alone. Raises ReadError, without naming the item."""
+    path = Path(item.path)
     if item.kind == "points":
-        return read_points(Path(item.path), hashes=hashes)
-    path, series = Path(item.path), item.series
-    return read_image(path, series=series, modality=_said(item), hashes=hashes)
+        return read_points(path, unit=item.unit, hashes=hashes)
+    if item.modality == Modality.DEPTH and is_eyecandies_depth(path):
+        return read_eyecandies_depth(path, hashes=hashes)
+    return read_image(path, series=item.series, modality=_said(item), unit=item.unit, hashes=hashes)
 
 
 def _said(item: Item) -> Modality | None:
     """The modality that a manifest gives to what has none in its header."""
     modality = Modality(item.modality)
     return None if modality in (Modality.UNKNOWN, Modality.PICTURE) else modality
-
-
-def _on_image(mask: Image, image: Image) -> Image:
-    """A mask of zeros and ones in the frame of `image`.
-
-    A mask without a frame of its own (a picture) must have the image's shape and lies on its grid.
-    """
-    marked = (mask.pixels > 0).any(dim=0, keepdim=True).float()  # (1, *axes)
-    mask = replace(mask, pixels=marked, value_range=(0.0, 1.0), channels=(), units="mask")
-    if mask.frame == "pixel":
-        if mask.spatial_shape != image.spatial_shape:
-            raise InconsistentGeometryError(
-                f"its mask has the size {mask.spatial_shape} and the image {image.spatial_shape}; "
-                "draw the mask on the image's own grid"
-            )
-        return replace(mask, affine=image.affine, frame=image.frame, spacing=image.spacing)
-    if mask.frame != image.frame:
-        raise InconsistentGeometryError(
-            f"its mask lies in the {mask.frame} frame and the image in the {image.frame} frame; "
-            "save the mask in the geometry of the image"
-        )
-    return mask

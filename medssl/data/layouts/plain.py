@@ -14,6 +14,7 @@ from medssl.data.readers.dicom_directory import listed_files
 from medssl.data.readers.dicom_find import is_known, scan
 from medssl.data.readers.dicom_series import Series
 from medssl.data.readers.errors import ReadError
+from medssl.data.readers.points_stored import Unit
 from medssl.data.readers.stored import first_bytes
 
 SUFFIXES: dict[str, Kind] = {
@@ -46,8 +47,8 @@ class Entry:
 
     path: the picture, the NIfTI file, the folder of a DICOM series, its only file or its archive.
     relative: `path` within the root.
-    of: the `key` of the image that a mask or report belongs to.
-    series, group, study, modality: as in `medssl.data.manifest.Item`.
+    of: the `key` of the image that a mask, report or xyz belongs to.
+    series, group, study, modality, unit: as in `medssl.data.manifest.Item`.
     split, label, category, defect: as there.
     volume: what the headers of a DICOM series say, or None.
     """
@@ -59,7 +60,8 @@ class Entry:
     group: str | None = None
     study: str | None = None
     modality: Modality = Modality.UNKNOWN
-    role: Literal["image", "mask", "report"] = "image"
+    unit: Unit | None = None
+    role: Literal["image", "mask", "report", "xyz"] = "image"
     of: str | None = None
     split: Literal["train", "test"] | None = None
     label: int | None = None
