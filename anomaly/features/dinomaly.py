@@ -10,17 +10,11 @@ from torch import Tensor, nn
 
 from anomaly.base import AnomalyMap
 from anomaly.examples import smooth_pictures, smooth_volumes
-from anomaly.features.targets import (
-    FrozenEncoder,
-    WholeImage,
-    cosine_distance,
-    frozen_encoder,
-    largest,
-    maps_by_size,
-)
+from anomaly.features.targets import FrozenEncoder, cosine_distance, frozen_encoder
 from anomaly.learning import LearnedDetector, device_of, seeded
 from anomaly.maps import outside_is_nan, smooth, upsample, valid_patches
 from anomaly.selection import Selection
+from anomaly.valid import WholeImage, largest, maps_by_size
 from medssl.data.sample import Batch, Sample
 from medssl.models.encoder import Encoder
 from medssl.models.linear_attention import NoisyDecoder
@@ -63,7 +57,8 @@ class Dinomaly(LearnedDetector):
     percent of its values.
     Differs from the paper: the decoder does not see class and register tokens; AdamW with a
     quarter of the learning rate, not StableAdamW at 2e-3; as many decoder blocks as layers; the
-    score is of the map at the size of the picture, not of one resized to 256 pixels.
+    score is of the map at the size of the picture, not of one resized to 256 pixels; under torchrun
+    each process finds the easy positions of its own share of a batch.
     """
 
     unbounded = False

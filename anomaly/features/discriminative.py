@@ -15,20 +15,21 @@ from torch import Tensor, nn
 
 from anomaly.base import AnomalyMap, NormalData
 from anomaly.examples import smooth_pictures, smooth_volumes
-from anomaly.features.targets import FrozenEncoder, filled, frozen_encoder, largest
+from anomaly.features.patches import patch_offset, side_by_side
+from anomaly.features.targets import FrozenEncoder, frozen_encoder
 from anomaly.learning import LearnedDetector, device_of, seeded
-from anomaly.maps import outside_is_nan, smooth, upsample, valid_patches
+from anomaly.maps import outside_is_nan, pixel_maps, valid_patches
 from anomaly.selection import Selection
 from anomaly.synthetic import Defects, has_valid_pixel
+from anomaly.valid import filled, largest, maps_by_size
 from medssl.data.sample import Batch, Sample, collate
-from medssl.models.alignment import grid_offset
 from medssl.models.encoder import Encoder
 from medssl.training import Trainable, TrainingPlan
 
 _PLAN = TrainingPlan(
     total_samples=20_000, batch_size=32, learning_rate=2e-4, weight_decay=(1e-5, 1e-5)
 )
-_DONORS = 32  # normal items that defects are cut from
+_DONORS = 64  # most normal items that defects are cut from
 _GAMMA = 2.0  # of the focal loss
 _SLOPE = 0.2  # of the leaky rectifier
 
@@ -95,23 +96,22 @@ class DiscriminativeHead(LearnedDetector):
         return self
 
     def after_training(self, normal: NormalData) -> None:
-        """Where the first layer looks; a volume's is taken to look at its cells' middles."""
+        """Where the first layer looks."""
         self.trainable.views = MadeUp(self.defects)  # lets go of the donors
         size = normal[0].images["image"].spatial_shape
-        self.offset_ = torch.zeros(len(size), device=device_of(self))
-        if len(size) == 2:
-            self.offset_ = grid_offset(self.encoder, self.layers[0], (size[0], size[1]))
+        self.offset_ = patch_offset(self.encoder, self.layers[0], size).to(device_of(self))
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> AnomalyMap:
         """Scores and maps of images; an item without a valid pixel scores NaN."""
         self.check_fitted()
-        images = batch.images["image"].to(device_of(self))
-        logits = self.trainable(filled(images))
-        logits = outside_is_nan(logits, valid_patches(images.valid, logits.shape[1:]))
-        maps = upsample(logits, images.valid.shape[1:], offset=self.offset_)
-        maps = outside_is_nan(smooth(maps, self.sigma), images.valid)
+        maps = maps_by_size(batch.images["image"].to(device_of(self)), self._maps)
         return AnomalyMap(score=largest(maps, self.share), maps={"image": maps})
+
+    def _maps(self, images: Tensor, valid: Tensor) -> Tensor:
+        logits = self.trainable(images)
+        logits = outside_is_nan(logits, valid_patches(valid, logits.shape[1:]))
+        return pixel_maps(logits, valid, offset=self.offset_, sigma=self.sigma)
 
     @classmethod
     def example(cls) -> tuple[Self, list[Sample]]:
@@ -186,7 +186,7 @@ class Head(Trainable):
         """Mean and deviation of the features over valid cells, and the donors of the defects."""
         count, total, square = 0, torch.zeros(()), torch.zeros(())
         donors = []
-        every = max(1, len(samples) // _DONORS)
+        every = max(1, 2 * len(samples) // _DONORS)  # half as many at least
         for row in range(len(samples)):
             sample = samples[row]
             if row % every == 0 and has_valid_pixel(sample):
@@ -206,12 +206,7 @@ class Head(Trainable):
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Means of each neighbourhood of 3 cells a side, all layers side by side: (B, *grid, E)."""
-        volumes = images.ndim == 5
-        pool = F.avg_pool3d if volumes else F.avg_pool2d
-        maps = [pool(one, 3, stride=1, padding=1) for one in self.frozen(images)]
-        grid, mode = maps[0].shape[2:], "trilinear" if volumes else "bilinear"
-        maps[1:] = [F.interpolate(one, grid, mode=mode) for one in maps[1:]]
-        return torch.cat(maps, dim=1).movedim(1, -1)
+        return side_by_side(self.frozen(images), window=3)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, *grid) of images (B, C, *spatial)."""

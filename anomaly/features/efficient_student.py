@@ -13,18 +13,11 @@ from torch import Tensor
 from anomaly.base import AnomalyMap, NormalData
 from anomaly.examples import smooth_pictures
 from anomaly.features.small_teacher import SmallTeacher, channel, chosen, moments, stacked
-from anomaly.features.targets import (
-    FrozenEncoder,
-    WholeImage,
-    filled,
-    frozen_encoder,
-    largest,
-    maps_by_size,
-    mean_over_valid,
-)
+from anomaly.features.targets import FrozenEncoder, frozen_encoder
 from anomaly.learning import LearnedDetector, StoppedError, Trial, device_of, seeded
 from anomaly.maps import outside_is_nan, upsample, valid_patches
 from anomaly.selection import Selection
+from anomaly.valid import WholeImage, by_size, largest, maps_by_size, mean_over_valid
 from medssl.data.sample import Batch, Sample
 from medssl.models.encoder import Encoder
 from medssl.models.layout import channels_last
@@ -119,11 +112,10 @@ class EfficientStudent(LearnedDetector):
 
     def fit(self, normal: NormalData, *, workdir: Path | None = None) -> Self:
         """As of `LearnedDetector`; first some of the normals are held out for the scale."""
-        try:
-            kept = Selection(share=self.held_out).split(normal, seed=self.seed)
-        except ValueError:  # of one patient or part
-            kept = (normal, normal)
-        training, self._for_scale = kept
+        training = self._for_scale = normal
+        if not of_one_part(normal):
+            selection = Selection(share=self.held_out)
+            training, self._for_scale = selection.split(normal, seed=self.seed)
         self.notes = {}
         super().fit(training, workdir=workdir)
         self.notes = {
@@ -157,9 +149,9 @@ class EfficientStudent(LearnedDetector):
         values: list[list[Tensor]] = [[], []]
         assert self._for_scale is not None
         for batch in self._for_scale.batches():
-            images = batch.images["image"].to(device_of(self))
-            for found, maps in zip(values, self.trainable.maps(filled(images)), strict=True):
-                found.append(maps[valid_patches(images.valid, maps.shape[1:])].cpu())
+            for _, images, valid in by_size(batch.images["image"].to(device_of(self))):
+                for found, maps in zip(values, self.trainable.maps(images), strict=True):
+                    found.append(maps[valid_patches(valid, maps.shape[1:])].cpu())
         scale = torch.stack([quantiles(torch.cat(found), (_LOW, _HIGH)) for found in values])
         self.quantiles_ = scale.to(device_of(self))
 
@@ -306,6 +298,15 @@ def hard_feature_loss(difference: Tensor, valid: Tensor, quantile: float) -> Ten
             values = values.topk(count - math.ceil(quantile * (count - 1))).values
         found.append(values.sum() / max(1, values.numel()))
     return torch.stack(found).mean()
+
+
+def of_one_part(normal: NormalData) -> bool:
+    """Whether all normals are of one patient or part; one without a group is its own."""
+    first = normal[0]
+    return all(
+        one.item == first.item if one.group is None else one.group == first.group
+        for one in (normal[i] for i in range(1, len(normal)))
+    )
 
 
 def quantiles(values: Tensor, shares: Sequence[float]) -> Tensor:

@@ -1,6 +1,7 @@
 """Few-shot detection by AnomalyDINO (Damm et al., WACV 2025, https://arxiv.org/abs/2405.14529)."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from anomaly.base import AnomalyMap, Detector, NormalData
 from anomaly.examples import smooth_pictures, smooth_volumes
-from anomaly.features.patches import check_finite, known_pixels, patch_grid
+from anomaly.features.patches import check_finite, patch_grid
 from anomaly.maps import pixel_maps, valid_patches
 from anomaly.memory import RepeatedSearch
-from medssl.data.sample import Batch, ImageBatch, Sample
+from anomaly.valid import by_size, scored_by_size
+from medssl.data.sample import Batch, Sample
 from medssl.models.encoder import Encoder, frozen
 from medssl.models.folder import load_encoder
 
@@ -80,9 +82,10 @@ class FewShotNearest(Detector):
         device = next(self.encoder.parameters()).device
         kept = []
         for batch in normal.batches():
-            images = batch.images["image"].to(device)
-            for turn in range(self.rotations):
-                kept.append(self._learnt(images, 2 * math.pi * turn / self.rotations, batch.items))
+            for _, images, valid in by_size(batch.images["image"].to(device)):
+                for turn in range(self.rotations):
+                    angle = 2 * math.pi * turn / self.rotations
+                    kept.append(self._learnt(images, valid, angle, batch.items))
         self.bank_ = torch.cat(kept)
         if len(self.bank_) == 0:
             raise ValueError(f"none of the {len(normal)} normal items has a valid pixel")
@@ -93,28 +96,28 @@ class FewShotNearest(Detector):
         """Scores and maps, 0 to 2; an item without a valid pixel scores NaN."""
         self.check_fitted()
         images = batch.images["image"].to(self.bank_.device)
-        tokens = self._tokens(known_pixels(images))
-        valid = valid_patches(images.valid, tokens.shape[1:-1])
-        check_finite(tokens[valid], batch.items)
-        chord = self._search.nearest(tokens[valid], self.bank_)[0][:, 0]
-        distance = torch.full(valid.shape, torch.nan, device=chord.device)
-        distance[valid] = chord.square() / 2  # 1 - cosine of vectors of length 1
-        return AnomalyMap(
-            score=self._image_scores(distance),
-            maps={"image": pixel_maps(distance, images.valid, sigma=self.sigma)},
-        )
+        return scored_by_size(images, lambda own, valid: self._scored(own, valid, batch.items))
+
+    def _scored(self, images: Tensor, valid: Tensor, items: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Scores (B,) and maps (B, *spatial) of images (B, C, *spatial) of one size."""
+        tokens = self._tokens(images)
+        cells = valid_patches(valid, tokens.shape[1:-1])
+        check_finite(tokens[cells], items)
+        chord = self._search.nearest(tokens[cells], self.bank_)[0][:, 0]
+        distance = torch.full(cells.shape, torch.nan, device=chord.device)
+        distance[cells] = chord.square() / 2  # 1 - cosine of vectors of length 1
+        return self._image_scores(distance), pixel_maps(distance, valid, sigma=self.sigma)
 
     def _tokens(self, images: Tensor) -> Tensor:
         """(B, C, *spatial) to tokens of length 1, (B, *grid, E)."""
         return F.normalize(patch_grid(self.encoder, images, self.layers), dim=-1)
 
-    def _learnt(self, images: ImageBatch, angle: float, items: tuple[str, ...]) -> Tensor:
+    def _learnt(self, images: Tensor, valid: Tensor, angle: float, items: Sequence[str]) -> Tensor:
         """Tokens (n, E) of the patches that count of images rotated by `angle`, in radians."""
-        pixels, valid = known_pixels(images), images.valid
         if angle > 0:
-            pixels, inside = rotated(pixels, angle), rotated(valid[:, None].float(), angle)[:, 0]
+            images, inside = rotated(images, angle), rotated(valid[:, None].float(), angle)[:, 0]
             valid = inside > 1 - 1e-4
-        tokens = self._tokens(pixels)
+        tokens = self._tokens(images)
         count = valid_patches(valid, tokens.shape[1:-1])
         if angle > 0:
             count &= ~valid_patches(~valid, tokens.shape[1:-1])

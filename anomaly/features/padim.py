@@ -1,15 +1,17 @@
 """PaDiM (Defard et al., ICPR 2020 workshops, https://arxiv.org/abs/2011.08785)."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from anomaly.base import AnomalyMap, Detector, NormalData
 from anomaly.examples import smooth_pictures, smooth_volumes
-from anomaly.features.patches import check_finite, known_pixels, patch_grid, patch_offset
+from anomaly.features.patches import check_finite, patch_grid, patch_offset
 from anomaly.maps import pixel_maps, valid_patches
+from anomaly.valid import by_size, largest, maps_by_size
 from medssl.data.sample import Batch, ImageBatch, Sample
 from medssl.models.encoder import Encoder, frozen
 from medssl.models.folder import load_encoder
@@ -21,8 +23,9 @@ class PaDiM(Detector):
     """Mahalanobis distance of each patch to a Gaussian of its own place in the image.
 
     Images must be aligned, such as parts in one fixture or registered scans, and have one size;
-    pictures or volumes, as the encoder takes. Learning needs 8 P F^2 bytes for P patches of an
-    image and F features, scoring 4 P F^2, whatever the number of normal images.
+    pictures or volumes, as the encoder takes. Learning needs 12 P F^2 bytes for P patches of an
+    image and F features, 16 where it is fitted again, and half a GiB to work in; scoring 4 P F^2,
+    whatever the number of normal images.
 
     encoder: a network, or the folder of one that `medssl pretrain` wrote; it stays frozen.
     layers: modules of the encoder's network; their maps are brought to the grid of the first, each
@@ -88,18 +91,19 @@ class PaDiM(Detector):
         moments: _Moments | None = None
         for batch in normal.batches():
             images = batch.images["image"].to(device)
-            grid = patch_grid(self.encoder, known_pixels(images), self.layers, mode="nearest")
             if moments is None:
-                size = images.sizes[0]
-                self.size_ = torch.tensor(size, device=device)
-                self.channels_ = self._choose(grid.shape[-1]).to(device)
-                self.offset_ = patch_offset(self.encoder, self.layers[0], size)
-                moments = _Moments(grid[0, ..., 0].numel(), len(self.channels_), device)
+                self.size_ = torch.tensor(images.sizes[0], device=device)
             self._check_sizes(images, batch.items)
-            valid = valid_patches(images.valid, grid.shape[1:-1])
+            ((_, pixels, valid),) = by_size(images)
+            grid = patch_grid(self.encoder, pixels, self.layers, mode="nearest")
+            if moments is None:
+                self.channels_ = self._choose(grid.shape[-1]).to(device)
+                self.offset_ = patch_offset(self.encoder, self.layers[0], images.sizes[0])
+                moments = _Moments(grid[0, ..., 0].numel(), len(self.channels_), device)
+            cells = valid_patches(valid, grid.shape[1:-1])
             patches = grid[..., self.channels_]
-            check_finite(patches[valid], batch.items)
-            moments.add(patches.flatten(1, -2), valid.flatten(1))
+            check_finite(patches[cells], batch.items)
+            moments.add(patches.flatten(1, -2), cells.flatten(1))
         assert moments is not None
         if not moments.count.any():
             raise ValueError(f"none of the {len(normal)} normal items has a valid pixel")
@@ -116,24 +120,20 @@ class PaDiM(Detector):
         self.check_fitted()
         images = batch.images["image"].to(self.mean_.device)
         self._check_sizes(images, batch.items)
-        inside: Any = (..., *(slice(length) for length in self.size_.tolist()))
-        pixels = known_pixels(images)[inside]
-        grid = patch_grid(self.encoder, pixels, self.layers, mode="nearest")
-        valid = valid_patches(images.valid[inside], grid.shape[1:-1])
+        maps = maps_by_size(images, lambda own, valid: self._maps(own, valid, batch.items))
+        return AnomalyMap(score=largest(maps), maps={"image": maps})
+
+    def _maps(self, images: Tensor, valid: Tensor, items: Sequence[str]) -> Tensor:
+        """Maps (B, *spatial) of images (B, C, *spatial) of the size of the normal ones."""
+        grid = patch_grid(self.encoder, images, self.layers, mode="nearest")
+        cells = valid_patches(valid, grid.shape[1:-1])
         patches = grid[..., self.channels_]
-        check_finite(patches[valid], batch.items)
+        check_finite(patches[cells], items)
         centered = (patches.flatten(1, -2) - self.mean_).movedim(0, 1)  # (P, B, F)
         distance = (centered @ self.whitening_.mT).norm(dim=2).mT  # (B, P)
         distance[:, self.count_ == 0] = torch.nan
-        distance = distance.reshape(valid.shape).masked_fill(~valid, torch.nan)
-        maps = torch.full(images.valid.shape, torch.nan, device=distance.device)
-        maps[inside] = pixel_maps(
-            distance, images.valid[inside], offset=self.offset_, sigma=self.sigma
-        )
-        score = maps.flatten(1).nan_to_num(-torch.inf).amax(1)
-        return AnomalyMap(
-            score=score.masked_fill(score == -torch.inf, torch.nan), maps={"image": maps}
-        )
+        distance = distance.reshape(cells.shape).masked_fill(~cells, torch.nan)
+        return pixel_maps(distance, valid, offset=self.offset_, sigma=self.sigma)
 
     def _choose(self, channels: int) -> Tensor:
         """Which of all channels are used, (F,)."""

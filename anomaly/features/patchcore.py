@@ -1,7 +1,7 @@
 """PatchCore (Roth et al., CVPR 2022, https://arxiv.org/abs/2106.08265)."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -20,6 +20,7 @@ from anomaly.features.patches import (
 )
 from anomaly.maps import pixel_maps, valid_patches
 from anomaly.memory import RepeatedSearch, greedy_coreset, nearest
+from anomaly.valid import scored_by_size
 from medssl.data.image import Image, pixel_affine
 from medssl.data.modality import Modality
 from medssl.data.sample import Batch, Sample
@@ -41,7 +42,8 @@ class PatchCore(Detector):
     encoder: a network, or the folder of one that `medssl pretrain` wrote; it stays frozen.
     layers: modules of the encoder's network; their maps are brought to the grid of the first
         and put side by side (sec. 3.1).
-    coreset_ratio: share of the normal patches kept in the bank (sec. 3.2).
+    coreset_ratio: share of the normal patches kept in the bank (sec. 3.2); of their sample where
+        there are more than `max_patches`.
     num_neighbors: size b of the neighbourhood that weighs the image score (eq. 7); 1 leaves it
         unweighted.
     sigma: of the Gaussian on the maps, in pixels (sec. 3.3), for all axes or one for each.
@@ -50,8 +52,9 @@ class PatchCore(Detector):
     bank_dtype: float16 halves the bank; distances are exact to what it then holds. On the CPU a
         rounded copy of either is made for the search, see `anomaly.memory.Shortlist`.
     max_patches: choose the coreset among at most so many patches, an even random sample of all;
-        then the bank covers the sample, and a rare normal patch may be missing from it. None
-        takes all: S items of N patches of E features need 4 S N E bytes while fitting.
+        then the bank covers the sample, with `coreset_ratio` times max_patches rows however many
+        the normal items are, and a rare normal patch may be missing from it. None takes all: S
+        items of N patches of E features need 4 S N E bytes while fitting.
     seed: of the first pick of the coreset, and of the sample.
     Differs from the paper: the coreset is chosen by exact distances, not in a random projection;
     a map is laid where the first layer's units look, not up to half a stride beside it.
@@ -188,17 +191,20 @@ class PatchCore(Detector):
         """Scores and maps; an item without a valid pixel scores NaN."""
         self.check_fitted()
         images = batch.images["image"].to(self.bank_.device)
-        grid = self._comparable(self.patches(images.pixels))  # (B, *grid, E)
-        valid = valid_patches(images.valid, grid.shape[1:-1])
-        patches = grid[valid]
-        check_finite(patches, batch.items)
-        distance = torch.full(valid.shape, torch.nan, device=grid.device)
-        owner = torch.full(valid.shape, -1, device=grid.device)  # row of the bank
-        near, row = self._search.nearest(patches, self.bank_)
-        distance[valid], owner[valid] = near[:, 0], row[:, 0]
+        return scored_by_size(images, lambda own, valid: self._scored(own, valid, batch.items))
 
-        maps = pixel_maps(distance, images.valid, offset=self.offset_, sigma=self.sigma)
-        return AnomalyMap(score=self._image_scores(grid, distance, owner), maps={"image": maps})
+    def _scored(self, images: Tensor, valid: Tensor, items: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Scores (B,) and maps (B, *spatial) of images (B, C, *spatial) of one size."""
+        grid = self._comparable(self.patches(images))  # (B, *grid, E)
+        cells = valid_patches(valid, grid.shape[1:-1])
+        patches = grid[cells]
+        check_finite(patches, items)
+        distance = torch.full(cells.shape, torch.nan, device=grid.device)
+        owner = torch.full(cells.shape, -1, device=grid.device)  # row of the bank
+        near, row = self._search.nearest(patches, self.bank_)
+        distance[cells], owner[cells] = near[:, 0], row[:, 0]
+        maps = pixel_maps(distance, valid, offset=self.offset_, sigma=self.sigma)
+        return self._image_scores(grid, distance, owner), maps
 
     @torch.inference_mode()
     def patches(self, images: Tensor) -> Tensor:

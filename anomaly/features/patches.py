@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anomaly.base import NormalData
 from anomaly.maps import valid_patches
-from medssl.data.sample import ImageBatch
+from anomaly.valid import by_size
 from medssl.distributed import gathered, gathered_lists, gathered_unequal, join, processes, rank
 from medssl.models.alignment import grid_offset
 from medssl.models.encoder import Encoder
@@ -42,11 +42,6 @@ class NormalPatches:
     size: tuple[int, ...]
 
 
-def known_pixels(images: ImageBatch) -> Tensor:
-    """Pixels (B, C, *spatial) with 0 wherever they are not valid, whatever they held."""
-    return torch.where(images.valid[:, None], images.pixels, 0)
-
-
 def patch_grid(
     encoder: Encoder,
     images: Tensor,
@@ -57,8 +52,7 @@ def patch_grid(
 ) -> Tensor:
     """Features of each patch of (B, C, *spatial): (B, *grid, E), the grid being the first layer's.
 
-    window: units whose mean a feature is, along each axis; odd. Zeros surround the feature maps.
-    mode: how the maps of the other layers are brought to the grid of the first.
+    window, mode: as of `side_by_side`.
     """
     if images.ndim != 2 + len(encoder.axes):
         raise ValueError(
@@ -69,13 +63,22 @@ def patch_grid(
             f"the encoder takes {encoder.in_channels} channels, got {images.shape[1]}; "
             "set channels in the preprocessing"
         )
-    features = encoder.feature_maps(images, layers)
-    if window > 1:
-        features = [_means(each, window) for each in features]
-    grid = features[0].shape[2:]
+    return side_by_side(encoder.feature_maps(images, layers), window=window, mode=mode)
+
+
+def side_by_side(
+    maps: Sequence[Tensor], *, window: int = 1, mode: Literal["linear", "nearest"] = "linear"
+) -> Tensor:
+    """Feature maps (B, E, *grid) of several layers on the grid of the first: (B, *grid, E of all).
+
+    window: units whose mean a feature is, along each axis; odd. Zeros surround the feature maps.
+    mode: how the maps of the other layers are brought to the grid of the first.
+    """
+    means = [_means(each, window) if window > 1 else each for each in maps]
+    grid = means[0].shape[2:]
     how = {2: "bilinear", 3: "trilinear"}[len(grid)] if mode == "linear" else mode
-    features[1:] = [F.interpolate(each, grid, mode=how) for each in features[1:]]
-    return torch.cat(features, dim=1).movedim(1, -1)
+    others = [F.interpolate(each, grid, mode=how) for each in means[1:]]
+    return torch.cat([means[0], *others], dim=1).movedim(1, -1)
 
 
 def _means(features: Tensor, window: int) -> Tensor:
@@ -97,7 +100,8 @@ def collect(
 ) -> NormalPatches:
     """The patches of all normal items; every process gets all, and has described its share.
 
-    describe: images (B, C, *spatial) on `device` to features (B, *grid, E).
+    describe: images (B, C, *spatial) on `device`, 0 where they are not valid, to features
+        (B, *grid, E).
     max_patches: keep an even random sample of at most so many; the same for any number of
         processes.
     Raises ValueError for images of two sizes, and where no item has a valid pixel.
@@ -105,12 +109,12 @@ def collect(
     share, first = own_share(normal)
     reading = _Reading(len(share), first, max_patches=max_patches, seed=seed)
     for batch in share.batches():
-        images = batch.images["image"].to(device)
-        grid = describe(images.pixels)
-        valid = valid_patches(images.valid, grid.shape[1:-1])
-        found = grid[valid]  # (n, E)
-        check_finite(found, batch.items)
-        reading.add(found, valid, tuple(images.valid.shape[1:]), workdir)
+        for _, pixels, valid in by_size(batch.images["image"].to(device)):
+            grid = describe(pixels)
+            cells = valid_patches(valid, grid.shape[1:-1])
+            found = grid[cells]  # (n, E)
+            check_finite(found, batch.items)
+            reading.add(found, cells, tuple(valid.shape[1:]), workdir)  # refuses a second size
         reading.items += batch.items
     return reading.together(workdir)
 

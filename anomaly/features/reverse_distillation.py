@@ -10,18 +10,11 @@ from torch import Tensor, nn
 from anomaly.base import AnomalyMap, NormalData
 from anomaly.examples import smooth_pictures, smooth_volumes
 from anomaly.features.patches import patch_offset
-from anomaly.features.targets import (
-    FrozenEncoder,
-    WholeImage,
-    cosine_distance,
-    frozen_encoder,
-    largest,
-    maps_by_size,
-    mean_over_valid,
-)
+from anomaly.features.targets import FrozenEncoder, cosine_distance, frozen_encoder
 from anomaly.learning import LearnedDetector, device_of, seeded
 from anomaly.maps import outside_is_nan, smooth, upsample, valid_patches
 from anomaly.selection import Selection
+from anomaly.valid import WholeImage, largest, maps_by_size, mean_over_valid
 from medssl.data.sample import Batch, Sample
 from medssl.models.distillation import ReverseStudent
 from medssl.models.encoder import Encoder

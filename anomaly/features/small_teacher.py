@@ -7,10 +7,12 @@ sec. 3.1).
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from anomaly.features.targets import FrozenEncoder, WholeImage, mean_over_valid
-from anomaly.maps import upsample, valid_patches
+from anomaly.features.targets import FrozenEncoder
+from anomaly.maps import valid_patches
+from anomaly.valid import WholeImage, mean_over_valid
 from medssl.data.sample import Sample
 from medssl.models.alignment import grid_offset
 from medssl.models.small_student import PatchNetwork
@@ -71,8 +73,7 @@ class SmallTeacher(Trainable):
         maps = []
         for found, offset in zip(self.encoder(images), self.offset_.tolist(), strict=True):
             beside = [o * cells / side for o, cells, side in zip(offset, grid, size, strict=True)]
-            laid = upsample(found.flatten(0, 1), grid, offset=beside)
-            maps.append(laid.unflatten(0, found.shape[:2]))
+            maps.append(laid(found, grid, beside))
         return torch.cat(maps, dim=1)
 
     def loss(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -83,6 +84,20 @@ class SmallTeacher(Trainable):
         difference = (self(images) - target).square().mean(1)
         valid = valid_patches(views["valid"], difference.shape[1:])
         return {"loss": mean_over_valid(difference, valid).mean()}
+
+
+def laid(maps: Tensor, grid: Sequence[int], offset: Sequence[float]) -> Tensor:
+    """As `anomaly.maps.upsample` of each channel of (B, E, h, w), none of it NaN: (B, E, *grid)."""
+    (down, along), (rows, columns) = offset, grid
+    theta = maps.new_tensor([[[1.0, 0.0, -2 * along / columns], [0.0, 1.0, -2 * down / rows]]])
+    places = F.affine_grid(theta, [1, 1, *grid], align_corners=False)
+
+    def interpolate(values: Tensor) -> Tensor:
+        each = places.expand(len(values), *places.shape[1:])
+        return F.grid_sample(values, each, padding_mode="border", align_corners=False)
+
+    weight = interpolate(maps.new_ones(1, 1, *maps.shape[2:]))  # 1 but for rounding
+    return interpolate(maps) / weight
 
 
 def stacked(samples: Sequence[Sample], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomaly.examples import smooth_pictures, smooth_volumes
-from anomaly.features.targets import WholeImage, mean_over_valid
 from anomaly.reconstruction.residual import ReconstructionDetector
 from anomaly.selection import Selection
+from anomaly.valid import WholeImage, mean_over_valid
 from medssl.data.sample import Sample
 from medssl.models.conv_autoencoder import AutoencoderShape, ConvDecoder, ConvEncoder
 from medssl.models.precision import full_precision

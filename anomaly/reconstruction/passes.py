@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from anomaly.base import AnomalyMap
-from anomaly.features.targets import WholeImage, largest, mean_over_valid
 from anomaly.maps import outside_is_nan, smooth
 from anomaly.structure import multi_scale_ssim_map
+from anomaly.valid import WholeImage, largest, mean_over_valid
 from medssl.data.sample import ImageBatch, Sample
 from medssl.models.masked_transformer import MaskedTransformer, grid_of, patchify, unpatchify
 from medssl.training import Trainable, TrainingPlan

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anomaly.base import AnomalyMap
-from anomaly.features.targets import largest
 from anomaly.learning import LearnedDetector, device_of
 from anomaly.maps import outside_is_nan, smooth
 from anomaly.selection import Selection
+from anomaly.valid import largest
 from medssl.data.sample import Batch, Sample
 from medssl.training import TrainingPlan
 

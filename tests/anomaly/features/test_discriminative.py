@@ -1,6 +1,7 @@
 """The head on frozen features: its views, its loss, and whether it finds what it was not shown."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from jsonargparse import ArgumentParser
 
 from anomaly.base import NormalData
 from anomaly.examples import smooth_pictures, smooth_volumes
+from anomaly.features import discriminative
 from anomaly.features.discriminative import DiscriminativeHead, Head, MadeUp, _focal
+from anomaly.features.patches import patch_offset
 from anomaly.selection import Selection
 from anomaly.synthetic import Defects
 from medssl.data.sample import collate
@@ -70,6 +73,33 @@ def test_donors_are_valid_items_and_no_more_than_a_few():
     assert [donor.item for donor in trainable.views.donors] == [
         sample.item for sample in samples if sample is not samples[3]
     ]
+
+
+@pytest.mark.parametrize("count", [63, 64, 65, 95, 127, 200])
+def test_there_are_donors_all_over_the_normals_but_no_more_than_the_cap(count):
+    trainable, samples = head()
+    every = [replace(samples[1], item=str(i)) for i in range(count)]
+    trainable.prepare(every)
+    chosen = [int(donor.item) for donor in trainable.views.donors]
+    assert discriminative._DONORS // 2 <= len(chosen) <= discriminative._DONORS
+    assert max(chosen) >= count - count // 32
+
+
+def test_a_picture_scores_the_same_beside_a_larger_one():
+    detector, samples = DiscriminativeHead.example()
+    detector.eval().fit(NormalData(samples[1:5]))
+    smaller, larger = samples[6], smooth_pictures(2, (80, 72))[1]
+    alone, beside = (detector.predict(collate(s)) for s in ([smaller], [larger, smaller]))
+    torch.testing.assert_close(beside.score[1:], alone.score)
+    torch.testing.assert_close(beside.maps["image"][1:, :64, :48], alone.maps["image"])
+
+
+def test_the_map_of_a_volume_is_laid_where_the_first_layer_looks():
+    detector, samples = DiscriminativeHead.example_volume()
+    detector.fit(NormalData(samples))
+    expected = patch_offset(detector.encoder, "blocks.0", (16, 32, 24))
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(detector.offset_, expected)
 
 
 def test_noise_counts_as_changed():

@@ -1,5 +1,6 @@
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from anomaly.features.efficient_student import (
     EfficientStudent,
     ImageAndChanged,
     hard_feature_loss,
+    of_one_part,
     quantiles,
     standardized,
 )
@@ -106,6 +108,37 @@ def test_normals_of_one_part_give_the_scale_themselves():
     samples = [replace(sample, group="part") for sample in samples[:4]]
     detector.fit(NormalData(samples))
     assert detector.notes == {"scale_from": "training normals", "num_scale": 4}
+
+
+@pytest.mark.parametrize(
+    ("groups", "one"),
+    [("aaa", True), ("aab", False), ([None] * 3, False), (["a", None, None], False)],
+)
+def test_normals_without_a_group_are_parts_of_their_own(groups, one):
+    samples = [replace(s, group=g) for s, g in zip(smooth_pictures(3), groups, strict=True)]
+    assert of_one_part(NormalData(samples)) is one
+
+
+def test_an_error_while_the_normals_are_divided_is_told(monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("the file is broken")
+
+    detector, samples = EfficientStudent.example()
+    monkeypatch.setattr(Selection, "split", broken)
+    with pytest.raises(ValueError, match="the file is broken"):
+        detector.fit(NormalData(samples))
+
+
+def test_the_scale_sees_no_padding(fitted):
+    detector = deepcopy(fitted)
+    samples = [smooth_pictures(2, size)[1] for size in ((64, 48), (80, 72))]
+    found = []
+    for batch_size in (1, 2):
+        detector._for_scale = normal = NormalData(samples, batch_size=batch_size)
+        with torch.no_grad():
+            detector.after_training(normal)
+        found.append(detector.quantiles_)
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_what_the_student_learns_is_standardized(fitted):

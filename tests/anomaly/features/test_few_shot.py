@@ -8,7 +8,9 @@ from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
 from anomaly.base import NormalData, noise_batch
+from anomaly.examples import smooth_pictures
 from anomaly.features.few_shot import FewShotNearest, rotated
+from medssl.data.sample import collate
 from medssl.models.encoder import Encoder
 
 
@@ -127,6 +129,20 @@ def test_patches_that_are_not_valid_are_neither_learnt_nor_scored():
     assert detector.predict(batch).score.isnan().all()
     with pytest.raises(ValueError, match="none of the 1 normal items"):
         of_cells().fit(normal)
+
+
+def test_a_picture_is_learnt_and_scored_the_same_beside_a_larger_one():
+    samples = smooth_pictures(4)
+    smaller, larger = samples[1], smooth_pictures(2, (80, 72))[1]
+    detector = of_cells(rotations=3)
+    apart, together = (
+        detector.fit(NormalData([larger, smaller], batch_size=size)).bank_ for size in (1, 2)
+    )
+    assert together.equal(apart)
+    detector.fit(NormalData(samples[2:]))
+    alone, beside = (detector.predict(collate(s)) for s in ([smaller], [larger, smaller]))
+    torch.testing.assert_close(beside.score[1:], alone.score)
+    torch.testing.assert_close(beside.maps["image"][1:, :64, :48], alone.maps["image"])
 
 
 @pytest.mark.parametrize(

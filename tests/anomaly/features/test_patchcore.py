@@ -5,11 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomaly.base import NormalData, noise_batch
+from anomaly.examples import smooth_pictures
 from anomaly.features import patchcore, patches
 from anomaly.features.patchcore import PatchCore
 from medssl.data.image import Image, pixel_affine
 from medssl.data.modality import Modality
-from medssl.data.sample import Sample
+from medssl.data.sample import Sample, collate
 from medssl.models.encoder import Encoder
 
 
@@ -113,6 +114,31 @@ def test_patches_that_are_not_valid_are_neither_learnt_nor_scored():
     assert found.score.tolist() == [0.0]
     assert found.maps["image"][..., :3].eq(0).all()
     assert found.maps["image"][..., 3:].isnan().all()
+
+
+def test_what_pixels_held_that_are_not_valid_changes_nothing():
+    batch = noise_batch(torch.rand(2, 1, 8, 8), "HW")
+    images = batch.images["image"]
+    images.valid[:, :, 4:] = False
+    normal = NormalData([object()] * 2)
+    normal.batches = lambda **_: iter([batch])
+    found = []
+    for value in (0.0, 100.0, torch.nan):
+        images.pixels[..., 4:] = value
+        detector = of_pixels(num_neighbors=3).fit(normal)
+        found.append((detector.bank_, detector.predict(batch).score))
+    assert all(one[0].equal(found[0][0]) and one[1].equal(found[0][1]) for one in found)
+
+
+@pytest.mark.parametrize("layers", [["layer1"], ["layer1", "layer2"]])
+def test_a_picture_scores_the_same_beside_a_larger_one(layers):
+    detector, samples = PatchCore.example()
+    detector.layers = layers
+    detector.eval().fit(NormalData(samples[1:5]))
+    smaller, larger = samples[6], smooth_pictures(2, (80, 72))[1]
+    alone, beside = (detector.predict(collate(s)) for s in ([smaller], [larger, smaller]))
+    torch.testing.assert_close(beside.score[1:], alone.score)
+    torch.testing.assert_close(beside.maps["image"][1:, :64, :48], alone.maps["image"])
 
 
 def test_a_picture_without_a_valid_pixel_scores_nan_and_cannot_be_fitted():

@@ -104,6 +104,14 @@ def test_every_valid_patch_is_kept_in_order_with_its_item():
     assert start == len(found.patches) == len(found.owner)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_normals_of_two_sizes_are_refused_in_one_batch_too(batch_size):
+    samples = [smooth_pictures(2, size)[1] for size in ((64, 48), (56, 48))]
+    normal = NormalData(samples, batch_size=batch_size)
+    with pytest.raises(ValueError, match=r"one size, got \(64, 48\) and \(56, 48\)"):
+        collect(normal, means, device=torch.device("cpu"))
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_a_sample_of_the_patches_is_drawn_evenly_and_stays_in_order(batch_size):
     samples = smooth_pictures(8)

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomaly.examples import smooth_pictures
-from anomaly.features.small_teacher import SmallTeacher, chosen, moments, stacked
+from anomaly.features.small_teacher import SmallTeacher, chosen, laid, moments, stacked
 from anomaly.features.targets import FrozenEncoder
+from anomaly.maps import upsample
 from medssl.data.sample import collate
 from medssl.models.encoder import Encoder, frozen
 
@@ -75,6 +76,12 @@ def test_the_encoders_maps_are_laid_where_their_units_look():
     inner = (slice(2, -2), slice(2, -2))
     torch.testing.assert_close(described[0, 0][inner], middles[inner])
     torch.testing.assert_close(described[0, 1][inner], 2 * middles[inner])
+
+
+def test_every_channel_is_laid_as_by_the_detectors_maps():
+    maps = torch.randn(2, 3, 7, 5)
+    expected = upsample(maps.flatten(0, 1), (16, 12), offset=(-0.4, 1.3)).unflatten(0, (2, 3))
+    assert laid(maps, (16, 12), (-0.4, 1.3)).equal(expected)
 
 
 def test_preparing_learns_offsets_and_moments():

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from anomaly.base import NormalData
 from anomaly.examples import smooth_pictures, smooth_volumes
-from anomaly.features.targets import WholeImage
 from anomaly.reconstruction.autoencoder import (
     AbsoluteReconstruction,
     Autoencoder,
     SSIMAutoencoder,
     StructuralReconstruction,
 )
+from anomaly.valid import WholeImage
 from medssl.data.sample import collate
 from medssl.metrics import auroc
 from medssl.models.conv_autoencoder import AutoencoderShape

@@ -7,8 +7,8 @@ import torch
 
 from anomaly.base import NormalData
 from anomaly.examples import smooth_pictures
-from anomaly.features.targets import WholeImage
 from anomaly.reconstruction.memae import MemAE, MemorizedReconstruction, Memory, entropy, shrunk
+from anomaly.valid import WholeImage
 from medssl.data.sample import collate
 from medssl.models.conv_autoencoder import AutoencoderShape
 from medssl.training import TrainingPlan

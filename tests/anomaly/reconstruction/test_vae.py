@@ -6,8 +6,8 @@ from torch.distributions import Laplace, Normal, kl_divergence
 
 from anomaly.base import NormalData
 from anomaly.examples import smooth_pictures
-from anomaly.features.targets import WholeImage
 from anomaly.reconstruction.vae import VAE, VariationalReconstruction, gaussian_kl
+from anomaly.valid import WholeImage
 from medssl.data.sample import collate
 from medssl.models.conv_autoencoder import AutoencoderShape
 from medssl.training import TrainingPlan
