@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anomaly.pixel_bins import keys_of
+from anomaly.pixel_bins import check_grid, keys_of
 from medssl.metrics import OneClassError
 
 FPR_BOUNDS = (1e-5, 1e-4)
@@ -33,7 +33,8 @@ def aupimo(
     fpr_bounds: lower and upper rate (L and U).
     Returns (S,) float64 in [0, 1], larger is better; NaN for normal images.
     Raises OneClassError where there is no normal or no anomalous image, or where the normal ones
-    have too few pixels to tell rates as small as the lower bound.
+    have too few pixels to tell rates as small as the lower bound; ValueError where they have more
+    than 4e6 and the upper bound is too large for the highest of them.
 
     Differs from the paper: every distinct score is a threshold, where the paper takes 300 000 of
     equal distance; a rise that begins below L is taken to begin at L.
@@ -61,6 +62,7 @@ class _NormalTail:
 
     def __init__(self, maps: Iterable[Tensor], masks: Iterable[Tensor | None]) -> None:
         self.images, self.largest = 0, 0.0  # number, and largest weight of a pixel
+        self.lowest = np.uint32(0)  # key below which pixels were dropped
         self.parts: list[tuple[Any, Any]] = []  # keys and weights
         for scores, mask in zip(maps, masks, strict=True):
             values = scores[~scores.isnan()].float().cpu().numpy()
@@ -77,12 +79,16 @@ class _NormalTail:
         self.rates = np.append(weights[order][::-1].cumsum()[::-1], 0) / max(1, self.images)
 
     def _highest(self) -> tuple[Any, Any]:
-        """The highest of the pixels so far, in any order."""
+        """The highest of the pixels so far, in any order; those tied for the lowest place as one,
+        or some of them would be dropped."""
         keys, weights = map(np.concatenate, zip(*self.parts, strict=True))
-        if len(keys) <= _MOST_KEPT:
-            return keys, weights
-        kept = np.argpartition(keys, -_MOST_KEPT)[-_MOST_KEPT:]
-        return keys[kept], weights[kept]
+        if len(keys) > _MOST_KEPT:
+            self.lowest = max(self.lowest, np.partition(keys, -_MOST_KEPT)[-_MOST_KEPT])
+        above, tied = keys > self.lowest, keys == self.lowest
+        return (
+            np.append(keys[above], self.lowest),
+            np.append(weights[above], weights[tied].sum()),
+        )
 
     def check(self, low: float, high: float) -> None:
         if self.images == 0:
@@ -92,9 +98,14 @@ class _NormalTail:
                 f"{self.images} normal images of at least {round(1 / self.largest)} pixels cannot "
                 f"tell a false-positive rate of {low:g}; that takes {math.ceil(1 / low)} pixels"
             )
-        assert self.rates[0] >= high * (1 - 1e-9), "too few pixels were kept"
+        if self.rates[0] < high * (1 - 1e-9):
+            raise ValueError(
+                f"of so many normal pixels only the {len(self.keys)} highest are kept, which tell "
+                f"rates up to {self.rates[0]:.2g}; take a lower upper bound than {high:g}"
+            )
 
     def recall(self, scores: Tensor, mask: Tensor, low: float, high: float) -> float:
+        check_grid(scores, mask)
         values = scores[mask != 0].float().cpu().numpy()
         keys = np.where(np.isnan(values), _MISSED, keys_of(values))
         above = self.rates[self.keys.searchsorted(keys, "right")]

@@ -98,7 +98,14 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def forget(self) -> None:
-        """Empty every learnt buffer, so that it is not fitted any more."""
+        """Be as before any fit, and so every detector inside: learnt buffers and `notes` are empty.
+
+        A detector that keeps more of a fit overrides this.
+        """
+        for module in list(self.modules()):
+            if isinstance(module, Detector) and module is not self:
+                module.forget()
+        self.notes = {}
         for module in self.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if name.endswith("_"):

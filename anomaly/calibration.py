@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any, Literal, Self
 
-from anomaly.tails import MapTail, controlled_level
+from anomaly.tails import MapTail, controlled_level, most_above
 from medssl.data.privacy import key_fingerprint, salted
 
 Method = Literal["split", "cross", "path", "none"]
@@ -303,10 +303,7 @@ def _rank(count: int, rate: float) -> int:
     count + 1 - m; so threshold and p-value cannot disagree.
     """
     _check_rate(rate)
-    m = math.floor((count + 1) * rate) + 1
-    while m / (count + 1) > rate:
-        m -= 1
-    return count + 1 - m
+    return count + 1 - most_above(rate, count + 1)
 
 
 def _guarantee(method: Method, rate: float, count: int, num_groups: int | None) -> str:

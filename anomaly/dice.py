@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from anomaly.pixel_bins import check_grid
 from medssl.metrics import Interval, OneClassError, intervals
 
 
@@ -26,6 +27,7 @@ class Overlap:
 
 def overlap(scores: Tensor, mask: Tensor | None, *, threshold: float) -> Overlap:
     """scores, mask (*spatial); the mask is non-zero on lesions. NaN is never above."""
+    check_grid(scores, mask)
     above = scores > threshold
     if mask is None:
         return Overlap(0, int(above.sum()), 0)
@@ -62,7 +64,8 @@ def dice_intervals(
 
 def _checked(overlaps: Sequence[Overlap]) -> Any:
     """(S, 3) the counts."""
-    counts = np.array([[item.both, item.above, item.marked] for item in overlaps], float)
+    rows = [[item.both, item.above, item.marked] for item in overlaps]
+    counts = np.array(rows, float).reshape(-1, 3)
     if counts[:, 2].sum() == 0:
         raise OneClassError("Dice needs a marked pixel")
     return counts

@@ -30,6 +30,6 @@ def adjusted_p_values(p_values: Sequence[float]) -> list[float]:
     falling = sorted(range(count), key=lambda place: -p_values[place])
     for larger, place in enumerate(falling):
         rank = count - larger  # from the smallest, counted from one
-        lowest = min(lowest, p_values[place] * count / rank)
+        lowest = min(lowest, p_values[place] * (count / rank))  # p itself at the last rank
         adjusted[place] = lowest
     return adjusted

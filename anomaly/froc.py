@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from anomaly.pixel_bins import lesions
+from anomaly.pixel_bins import check_grid, lesions
 from medssl.metrics import Interval, OneClassError, intervals
 
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-_DEPTH = 4 * max(RATES)  # false findings per item that are kept, so that a draw has some to spare
+_DEPTH = 4 * max(RATES)  # false findings per item that are looked at first; enough for most draws
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +52,9 @@ def find(
     """
     if min_volume_mm3 > 0 and spacing is None:
         raise ValueError("min_volume_mm3 needs the spacing of the pixels; leave it out without")
+    if spacing is not None and len(spacing) != scores.ndim:
+        raise ValueError(f"spacing is one per axis of {tuple(scores.shape)}, got {tuple(spacing)}")
+    check_grid(scores, mask)
     values = scores.float().cpu().numpy()
     regions, count = lesions(values > threshold)
     size = np.bincount(regions.ravel(), minlength=count + 1)
@@ -101,15 +104,17 @@ class FROC:
                 np.repeat(items, self.num_false),
             ]
         )
-        lowest = _lowest(scores[false], math.ceil(_DEPTH * self.num_items))
         order = np.argsort(-scores)
-        order = order[(scores[order] >= lowest) & (scores[order] > -np.inf)]
+        order = order[scores[order] > -np.inf]
         self.scores, self.false, self.owner = scores[order], false[order], owner[order]  # (E,)
-        self.ends = np.append(np.diff(self.scores) != 0, True)[: len(order)]  # last of equal ones
+        self.ends = np.append(self.scores[1:] != self.scores[:-1], True)[: len(order)]
+        enough = np.flatnonzero(self.false)[math.ceil(_DEPTH * self.num_items) - 1 :]
+        lowest = self.scores[enough[0]] if len(enough) else -np.inf
+        self.num_first = int((self.scores >= lowest).sum())  # those of `_DEPTH`, with their equals
 
     def curve(self) -> tuple[Any, Any]:
         """False findings per item and recall, (T,) each, from the highest threshold on."""
-        return self._curve(np.ones(self.num_items))
+        return self._curve(np.ones(self.num_items), self.num_first)
 
     def recalls(self, rates: Sequence[float] = RATES) -> list[float]:
         """The largest recall with at most so many false findings per item."""
@@ -147,29 +152,28 @@ class FROC:
         )
         return found["recall"], found["false"]
 
-    def _curve(self, weights: Any) -> tuple[Any, Any]:
-        """weights: (S,) how often each item counts. Recall is NaN where no lesion does."""
-        counted = weights[self.owner]
-        false = (counted * self.false).cumsum()[self.ends] / weights.sum()
+    def _curve(self, weights: Any, count: int) -> tuple[Any, Any]:
+        """Of the first scores; weights: (S,) how often each item counts.
+
+        Recall is NaN where no lesion does.
+        """
+        counted, is_false, ends = weights[self.owner[:count]], self.false[:count], self.ends[:count]
+        false = (counted * is_false).cumsum()[ends] / weights.sum()
         lesion_weight = float(weights @ self.num_lesions)
-        found = (counted * ~self.false).cumsum()[self.ends]
+        found = (counted * ~is_false).cumsum()[ends]
         return false, found / lesion_weight if lesion_weight else np.full(len(found), np.nan)
 
     def _recalls(self, weights: Any, rates: Sequence[float]) -> Any:
-        false, recall = self._curve(weights)
+        allowed = np.array(rates) + 1e-9
+        false, recall = self._curve(weights, self.num_first)
+        if self.num_first < len(self.scores) and false[-1] <= allowed.max():
+            false, recall = self._curve(weights, len(self.scores))  # others had the false findings
         start = 0.0 if weights @ self.num_lesions else np.nan
         recall = np.append(start, recall)  # above every score
-        return recall[false.searchsorted(np.array(rates) + 1e-9, "right")]
+        return recall[false.searchsorted(allowed, "right")]
 
     def _last(self, weights: Any) -> Any:
         """(R, 2) recall and false findings per item; weights (R, S)."""
         with np.errstate(invalid="ignore"):
             recall = weights @ self.num_found / (weights @ self.num_lesions)
         return np.stack([recall, weights @ self.num_false / weights.sum(1)], 1)
-
-
-def _lowest(false: Any, count: int) -> float:
-    """The score of the false finding in this place from the top; minus infinity without one."""
-    if len(false) < count:
-        return -math.inf
-    return float(np.partition(false, -count)[-count])

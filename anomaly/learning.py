@@ -1,5 +1,6 @@
 """Detectors with a network that is trained, by the one loop of `medssl.training`."""
 
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,13 @@ class LearnedDetector(Detector):
                 self.after_training(training)
         return self
 
+    def forget(self) -> None:
+        """As of `Detector`, and the network is a new one."""
+        super().forget()
+        place = device_of(self)
+        with seeded(self.seed):
+            self.trainable = self.new_trainable().to(place)
+
     def _train(self, normal: NormalData, workdir: Path, trial: "Trial | None") -> None:
         with _taking(self.trainable, trial):
             result = train(
@@ -97,13 +105,14 @@ class LearnedDetector(Detector):
             raise StoppedError("the training was stopped as asked, and saved; fit again to go on")
 
     def _identity(self) -> dict[str, str]:
-        """The hyperparameters that `train` does not compare by itself when it goes on."""
+        """What `train` does not compare by itself when it goes on."""
         arguments = describe(self)["init_args"]
-        return {
+        settings = {
             f"detector.{name}": str(value)
             for name, value in arguments.items()
             if name not in ("plan", "seed")
         }
+        return {**settings, "encoder weights": frozen_digest(self)}
 
 
 class Trial:
@@ -187,6 +196,21 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
+def frozen_digest(detector: Detector) -> str:
+    """16 hexadecimal digits of the tensors that no fit changes: those of the encoders inside."""
+    trained = tuple(
+        f"{name}.trainable.".lstrip(".")
+        for name, module in detector.named_modules()
+        if isinstance(module, LearnedDetector)
+    )
+    total = hashlib.sha256()
+    for name, value in sorted(detector.state_dict().items()):
+        if isinstance(value, Tensor) and not name.endswith("_") and not name.startswith(trained):
+            total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            total.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()[:16]
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Torch's random numbers from `seed` inside, and as they were afterwards."""
@@ -244,4 +268,10 @@ def _folder(workdir: Path | None) -> Iterator[Path]:
         yield workdir
         return
     with tempfile.TemporaryDirectory(prefix="medssl.fit.") as folder:
-        yield Path(folder)
+        try:
+            yield Path(folder)
+        except (StoppedError, FloatingPointError) as error:
+            raise type(error)(
+                f"{error}. Without a workdir all of this was temporary, and is gone; give `fit` a "
+                "workdir to keep it"
+            ) from error

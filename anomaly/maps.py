@@ -66,11 +66,6 @@ def smooth(maps: Tensor, sigma: float | Sequence[float]) -> Tensor:
     return torch.where(maps.isnan(), maps, _weighted(maps, blur))
 
 
-def smooth_across(maps: Tensor, sigma: float) -> Tensor:
-    """As `smooth`, along D only. maps: (B, D, H, W); sigma: in slices."""
-    return smooth(maps, (sigma, 0.0, 0.0))
-
-
 def valid_patches(valid: Tensor, grid: Sequence[int]) -> Tensor:
     """Patches (B, *grid) that hold at least one valid pixel of `valid` (B, *spatial), both bool."""
     values = valid[:, None].float()

@@ -13,7 +13,9 @@ _MANY = 64  # candidates of a query, beyond which a whole search is cheaper than
 def greedy_coreset(
     features: Tensor, count: int, *, seed: int = 0, bank: Tensor | None = None
 ) -> Tensor:
-    """Exact greedy k-centre (Gonzalez 1985): each pick is the point farthest from all picks so far.
+    """Exact greedy k-centre: each pick is the point farthest from all picks so far.
+
+    Gonzalez, Theoretical Computer Science 1985, https://doi.org/10.1016/0304-3975(85)90224-5.
 
     A point's distance to the picks only falls, so an old one bounds it from above. Only the
     points with the largest bounds are brought up to date, by one matrix product with the picks
@@ -123,20 +125,20 @@ class Shortlist:
         for start in range(0, len(queries), rows):
             block = queries[start : start + rows]
             here = slice(start, start + len(block))
-            query, row, many = self._pairs(block)
+            query, row, whole = self._pairs(block)
             parts = zip(query.split(pairs), row.split(pairs), strict=True)
             squares = [(block[q] - self.bank[r].float()).square_().sum(1) for q, r in parts]
             first = _first_smallest(query, torch.cat(squares))
             distances[here][query[first]] = torch.cat(squares)[first].sqrt_()
             indices[here][query[first]] = row[first]
-            if len(many):
-                found = nearest(block[many], self.bank)
-                distances[here][many], indices[here][many] = found[0][:, 0], found[1][:, 0]
+            if len(whole):
+                found = nearest(block[whole], self.bank)
+                distances[here][whole], indices[here][whole] = found[0][:, 0], found[1][:, 0]
         return distances[:, None], indices[:, None]
 
     def _pairs(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and the rows that may be nearest to them, (P,) each, sorted; and the queries for
-        which these would be too many, which are in no pair."""
+        """Queries and the rows that may be nearest to them, (P,) each, sorted; and the queries that
+        are in no pair, as these would be too many, or as their products are not finite."""
         rounded, length, lost = self._rounded(queries)
         product = torch.cat([rounded, length, torch.ones_like(length)], dim=1) @ self.rows.mT
         own = (-2 * length.float().sum(1)).sqrt()
@@ -148,9 +150,10 @@ class Shortlist:
         near = product >= lowest[:, None]  # (n, M)
         place = torch.from_numpy(np.flatnonzero(near.numpy()))  # seven times as fast as torch's
         query, row = place // len(self.bank), place % len(self.bank)
-        many = query.bincount(minlength=len(queries)) > _MANY
-        few = ~many[query]
-        return query[few], row[few], many.nonzero()[:, 0]
+        count = query.bincount(minlength=len(queries))
+        whole = (count > _MANY) | (count == 0)
+        few = ~whole[query]
+        return query[few], row[few], whole.nonzero()[:, 0]
 
     def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (n, E) about the origin in `dtype`; minus half its squared length in three parts

@@ -15,6 +15,7 @@ from anomaly.streaming import (
     check_both_kinds,
     check_limit,
 )
+from anomaly.tails import most_above
 from medssl.metrics import Interval
 
 _MISSED = -np.inf
@@ -48,9 +49,12 @@ class PixelScores:
 
     def __init__(self, maps: Iterable[Tensor], masks: Iterable[Tensor | None]) -> None:
         self.items = [ItemPixels.of(*pair) for pair in zip(maps, masks, strict=True)]
+        check_both_kinds(
+            sum(len(item.defect) for item in self.items),
+            sum(len(item.normal) for item in self.items),
+        )
         defect = np.concatenate([item.defect for item in self.items])
         every = np.sort(np.concatenate([item.normal for item in self.items]))
-        check_both_kinds(len(defect), len(every))
         order = np.argsort(defect)[::-1]  # searching in order stays in the cache
         defect = defect[order]
         self.normal = every
@@ -74,8 +78,9 @@ class PixelScores:
         """Area under the per-region overlap curve up to `fpr_limit`, divided by it.
 
         At each threshold the overlap is the mean, over connected lesions (touching by corners
-        counts), of the share of the lesion found (Bergmann et al., IJCV 2021). Every distinct
-        score is a threshold, and the curve is linear between them, also at the limit.
+        counts), of the share of the lesion found (Bergmann et al., IJCV 2021,
+        https://doi.org/10.1007/s11263-020-01400-4). Every distinct score is a threshold, and the
+        curve is linear between them, also at the limit.
         """
         check_limit(fpr_limit)
         return float(np.average(area(self.above, self.reached, fpr_limit), weights=self.share))
@@ -87,8 +92,8 @@ class PixelScores:
 
     def level(self, fpr: float) -> float:
         """The lowest score that at most this share of the normal pixels lies above."""
-        place = len(self.normal) - 1 - int(fpr * len(self.normal))
-        return float(scores_of(self.normal[max(place, 0)]))
+        place = len(self.normal) - 1 - most_above(fpr, len(self.normal))
+        return float(scores_of(self.normal[place]))
 
     def intervals(
         self, groups: Sequence[str | None], *, repeats: int = 1000, seed: int = 0

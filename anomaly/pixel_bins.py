@@ -35,11 +35,7 @@ class ItemPixels:
     @classmethod
     def of(cls, scores: Tensor, mask: Tensor | None) -> "ItemPixels":
         """scores and mask (*spatial); the mask is non-zero on the defect, None without one."""
-        if mask is not None and mask.shape != scores.shape:
-            raise ValueError(
-                f"a mask must lie on its map's grid: got {tuple(mask.shape)} for "
-                f"{tuple(scores.shape)}"
-            )
+        check_grid(scores, mask)
         values = scores.float().cpu().numpy()
         known = ~np.isnan(values)
         if mask is None:
@@ -49,6 +45,14 @@ class ItemPixels:
         found = np.where(known, values, -np.inf)[anomalous]
         normal = np.sort(keys_of(values[known & ~anomalous]))
         return cls(normal, keys_of(found), 1 / np.bincount(owner)[owner])
+
+
+def check_grid(scores: Tensor, mask: Tensor | None) -> None:
+    """Raises ValueError for a mask of another shape than its map's."""
+    if mask is not None and mask.shape != scores.shape:
+        raise ValueError(
+            f"a mask must lie on its map's grid: got {tuple(mask.shape)} for {tuple(scores.shape)}"
+        )
 
 
 def lesions(mask: Any) -> tuple[Any, int]:
@@ -152,8 +156,8 @@ def _joined(keys: Any, normal: Any, defect: Any, single: Any) -> Bins:
     begins = (np.diff(np.floor(depth), prepend=-1) > 0) | full
     begins[1:] |= full[:-1]
     begins |= keys <= _MISSED
-    ends = np.append(np.flatnonzero(begins)[1:], len(keys)) - 1
+    ends = np.flatnonzero(np.append(begins, True)[1:])
     starts, alone = keys[ends], single[ends] & begins[ends]
-    if starts[-1] > _MISSED:  # nothing was missed: an empty bin
+    if not (starts <= _MISSED).any():  # nothing was missed: an empty bin
         starts, alone = np.append(starts, 0), np.append(alone, True)
     return Bins(starts.astype(np.uint32), alone)

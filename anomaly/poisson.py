@@ -13,6 +13,10 @@ from torch import Tensor
 _EXACT = 1e-8  # relative residual of the linear system
 
 
+class BlendError(ValueError):
+    """Images that cannot be blended: their valid pixels are not finite, or no answer was found."""
+
+
 def blend(before: Tensor, given: Tensor, valid: Tensor) -> Tensor:
     """Give `before` the stronger of both images' gradients without moving its border.
 
@@ -20,10 +24,19 @@ def blend(before: Tensor, given: Tensor, valid: Tensor) -> Tensor:
     A pixel changes where it and its neighbours along the axes are valid and inside. There, the sum
     of its differences to its neighbours (eq. 7) becomes the sum of the differences that are larger
     in absolute value in `before` or in `given` (eq. 12).
+
+    Raises BlendError where a valid pixel is NaN or infinite, and where the solver does not reach
+    its accuracy or what it finds is no float32.
     """
     from scipy.ndimage import binary_erosion
     from scipy.sparse.linalg import cg
 
+    wrong = ~(before.isfinite() & given.isfinite())[:, valid]
+    if wrong.any():
+        raise BlendError(
+            f"blending takes finite pixels where valid, got {int(wrong.sum())} others; mark them "
+            "as not valid"
+        )
     inside = binary_erosion(valid.numpy())  # by the cross of neighbours; never at the rim
     result = before.clone()
     if not inside.any():
@@ -37,8 +50,13 @@ def blend(before: Tensor, given: Tensor, valid: Tensor) -> Tensor:
             wanted += np.where(np.abs(steps[1]) > np.abs(steps[0]), steps[1], steps[0])
             wanted += neighbor(np.where(inside, 0.0, host))[inside]  # those that stay
         solved, failed = cg(matrix, wanted, x0=host[inside], rtol=_EXACT)
-        assert failed == 0, "the system is positive definite"
-        result[channel][torch.from_numpy(inside)] = torch.from_numpy(solved).float()
+        values = torch.from_numpy(solved).float()
+        if failed or not values.isfinite().all():
+            raise BlendError(
+                f"no blend of {len(wanted)} pixels was found to a residual of {_EXACT:g}; take a "
+                "smaller box or images of smaller values"
+            )
+        result[channel][torch.from_numpy(inside)] = values
     return result
 
 

@@ -3,20 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Self, overload
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from anomaly.base import AnomalyMap, Detector, NormalData
-from anomaly.maps import smooth_across
+from anomaly.maps import smooth
+from anomaly.pieces import Pieces, PiecewiseDetector
 from medssl.data.image import Image
 from medssl.data.sample import Batch, ImageBatch, Sample
 
 _SLICES_AT_ONCE = 16  # bounds the memory of scoring, whatever the depth of a volume
 
 
-class Slicewise(Detector):
+class Slicewise(PiecewiseDetector):
     """Fits a 2D detector on every slice along D, and puts its maps back side by side.
 
     Which way D runs is decided by `Preprocessing.plane`. A slice without a valid pixel (a gap, or
@@ -45,9 +46,7 @@ class Slicewise(Detector):
         across: float = 0.0,
         relative: float = 0.0,
     ) -> None:
-        super().__init__()
-        if detector.axes != "HW":
-            raise ValueError(f"slices need a detector of axes HW, got {detector.axes}")
+        super().__init__(detector)
         if aggregation not in ("max", "top_mean") or num_top < 1:
             raise ValueError(
                 "aggregation must be 'max' or 'top_mean' of at least one slice, got "
@@ -55,15 +54,14 @@ class Slicewise(Detector):
             )
         if not 0 <= relative <= 1:
             raise ValueError(f"relative must lie in [0, 1], got {relative}")
-        self.detector = detector
         self.aggregation = aggregation
         self.num_top = num_top
         self.across = across
         self.relative = relative
 
     def fit(self, normal: NormalData, *, workdir: Path | None = None) -> Self:
-        """Fit the detector on the slices of all volumes; needs each volume twice, in order."""
-        slices = _Slices(normal)
+        """Fit the detector on the slices of all volumes; see `Pieces` for how often one is read."""
+        slices = Pieces(normal, _depths, _cut)
         if len(slices) == 0:
             raise ValueError(f"none of the {len(normal)} normal volumes has a valid pixel")
         part = NormalData(slices, batch_size=_SLICES_AT_ONCE, workers=normal.workers)
@@ -92,7 +90,7 @@ class Slicewise(Detector):
                 assert isinstance(pixels, Tensor)
                 maps[i, depths, : pixels.shape[1], : pixels.shape[2]] = pixels.cpu()
         if self.across > 0:
-            maps = smooth_across(maps, self.across)
+            maps = smooth(maps, (self.across, 0.0, 0.0))
             scores = maps.flatten(2).nan_to_num(-torch.inf).amax(2)
             scores = scores.masked_fill(scores == -torch.inf, torch.nan)
         level = self.relative * maps.flatten(1).nanmean(1)  # (B,)
@@ -129,37 +127,17 @@ class Slicewise(Detector):
         return cls(detector, aggregation="top_mean", num_top=2), samples
 
 
-class _Slices(Sequence[Sample]):
-    """The slices with a valid pixel of all volumes; keeps the volume that was read last."""
+def _depths(volume: Image) -> list[int]:
+    """The slices of a volume with a valid pixel."""
+    if volume.axes != "DHW":
+        raise ValueError(f"slices need volumes of axes DHW, got {volume.axes}")
+    if volume.valid is None:
+        return list(range(volume.pixels.shape[1]))
+    return volume.valid.flatten(1).any(1).nonzero()[:, 0].tolist()
 
-    def __init__(self, volumes: NormalData) -> None:
-        self.volumes = volumes
-        self.places: list[tuple[int, int]] = []
-        self.last: tuple[int, Sample] | None = None
-        for i in range(len(volumes)):
-            image = volumes[i].images["image"]
-            if image.axes != "DHW":
-                raise ValueError(f"slices need volumes of axes DHW, got {image.axes}")
-            valid = image.valid
-            for depth in range(image.pixels.shape[1]):
-                if valid is None or valid[depth].any():
-                    self.places.append((i, depth))
 
-    def __len__(self) -> int:
-        return len(self.places)
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        volume, depth = self.places[index]
-        if self.last is None or self.last[0] != volume:
-            self.last = (volume, self.volumes[volume])
-        sample = self.last[1]
-        return replace(sample.with_image(_slice(sample.images["image"], depth)), mask=None)
+def _cut(sample: Sample, depth: int) -> Sample:
+    return replace(sample.with_image(_slice(sample.images["image"], depth)), mask=None)
 
 
 def _slice(volume: Image, depth: int) -> Image:

@@ -101,7 +101,7 @@ class CountedPixels:
         """The lowest edge of a bin that at most this share of the normal pixels lies above."""
         normal = self.normal.sum(0, dtype=float)
         above = normal.cumsum() - np.where(self.bins.single, normal, 0)
-        inside = np.flatnonzero(above[:-1] <= fpr * normal.sum())
+        inside = np.flatnonzero(above[:-1] / normal.sum() <= fpr)
         return float(scores_of(self.bins.starts[inside[-1] if len(inside) else 0]))
 
     def intervals(

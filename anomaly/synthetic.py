@@ -6,135 +6,20 @@ https://arxiv.org/abs/2011.04197), PII (Tan et al., MICCAI 2021, https://arxiv.o
 and NSA (Schlueter et al., ECCV 2022, https://arxiv.org/abs/2109.15222).
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anomaly.poisson import blend
-from medssl.data.image import Image
+from anomaly.defect import Defect, Pair, mean_of, uniform
+from anomaly.defect import has_valid_pixel as has_valid_pixel
+from anomaly.poisson import BlendError, blend
 from medssl.data.sample import Sample
 
-_VISIBLE = 0.01  # standard deviations of the valid pixels; a smaller change is no defect
-_TRIES = 20  # draws of a place, before an item is said to be too small or too plain
+_DONORS = 5  # draws of a donor, before an item is left as it is
 _OCTAVES = 3  # of the smooth noise, each half as wide and half as strong as the one before
-
-
-@dataclass(frozen=True, kw_only=True)
-class Defect:
-    """One kind of defect on the image of role "image", a picture (HW) or a volume (DHW).
-
-    A call changes valid pixels only and returns a new sample of label 1. Its `mask` lies on the
-    image's grid, 1 exactly on the pixels that changed by more than 1 % of the standard deviation
-    of the valid ones; all others are bit for bit what they were. Equal generators, equal defects.
-
-    size: smallest and largest side of the box around the defect, as a share of the image's side;
-        drawn evenly, in a volume along D, H and W alike.
-    aspect: how many times the longest of these shares is the shortest, at most.
-    """
-
-    size: tuple[float, float] = (0.05, 0.3)
-    aspect: float = 3.3
-
-    def __post_init__(self) -> None:
-        low, high = self.size
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"size must hold two rising shares of a side, got {low} and {high}")
-        if self.aspect < 1:
-            raise ValueError(f"aspect must be at least 1, got {self.aspect}")
-
-    def __call__(self, sample: Sample, donor: Sample, generator: torch.Generator) -> Sample:
-        """The sample with one defect, made of pixels of the donor, which may be the sample itself.
-
-        Raises ValueError where one of them has no valid pixel, where their axes or channels
-        differ, and where no draw changes the image (it is as plain as the donor).
-        """
-        host, other = sample.images["image"], donor.images["image"]
-        _check(sample, donor)
-        valid, spread = _valid(host), _spread(host)  # (*spatial), (C, 1, ..., 1)
-        for _ in range(_TRIES):
-            patch = self._patch(host, other, generator)
-            piece = self.change(_Pair(host, other, patch, spread), generator)
-            before = host.pixels[(slice(None), *patch.there)]
-            piece = piece if host.value_range is None else piece.clamp(*host.value_range)
-            changed = ((piece - before).abs() > _VISIBLE * spread).any(0)
-            changed &= valid[patch.there]
-            if changed.any():
-                return _with_defect(sample, patch.there, piece, changed)
-        raise ValueError(
-            f"item {sample.item}: {_TRIES} draws of {type(self).__name__} changed nothing; the "
-            f"item and its donor {donor.item} are alike, take another kind or another donor"
-        )
-
-    def change(self, pair: "_Pair", generator: torch.Generator) -> Tensor:
-        """The pixels (C, *box) that replace those of `pair.host` in the patch."""
-        raise NotImplementedError
-
-    def _patch(self, host: Image, donor: Image, generator: torch.Generator) -> "_Patch":
-        """A box around a valid pixel of the host, and an equal one in the donor, both inside."""
-        shape = host.spatial_shape
-        stretch = (2 * _uniform(len(shape), generator) - 1) * math.log(self.aspect) / 2
-        low, high = self.size
-        share = low + (high - low) * _uniform(1, generator)
-        sides = share * (stretch - stretch.mean()).exp() * torch.tensor(shape)
-        to = _valid_pixel(_valid(host), generator)
-        source = _valid_pixel(_valid(donor), generator)
-        there, here, offsets = [], [], []
-        for axis, side in enumerate(sides.clamp_min(1).round().long().tolist()):
-            start = max(-(side // 2), -to[axis], -source[axis])
-            stop = min(
-                side - side // 2, shape[axis] - to[axis], donor.spatial_shape[axis] - source[axis]
-            )
-            there.append(slice(to[axis] + start, to[axis] + stop))
-            here.append(slice(source[axis] + start, source[axis] + stop))
-            offsets.append((torch.arange(start, stop) + 0.5 * (side % 2 == 0)) * 2 / side)
-        return _Patch(tuple(there), tuple(here), tuple(torch.meshgrid(*offsets, indexing="ij")))
-
-
-@dataclass(frozen=True)
-class _Patch:
-    """A box in the host (`there`) and one of the same shape in the donor (`here`).
-
-    places: per axis the distance of each pixel from the middle, (*box); 1 at the uncut border.
-    """
-
-    there: tuple[slice, ...]
-    here: tuple[slice, ...]
-    places: tuple[Tensor, ...]
-
-    @property
-    def radius(self) -> Tensor:
-        """1 on the ellipsoid that fills the box, 0 in its middle; (*box)."""
-        return torch.stack(self.places).square().sum(0).sqrt()
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """What a kind of defect works on. spread: standard deviation of the host, (C, 1, ..., 1)."""
-
-    host: Image
-    donor: Image
-    patch: _Patch
-    spread: Tensor
-
-    @property
-    def before(self) -> Tensor:
-        """Pixels of the host in the box, (C, *box)."""
-        return self.host.pixels[(slice(None), *self.patch.there)]
-
-    @property
-    def given(self) -> Tensor:
-        """Pixels of the donor in its box, those of the host where they are not valid."""
-        pixels = self.donor.pixels[(slice(None), *self.patch.here)]
-        return torch.where(_valid(self.donor)[self.patch.here], pixels, self.before)
-
-    @property
-    def valid(self) -> Tensor:
-        """Where both are valid, (*box)."""
-        return _valid(self.host)[self.patch.there] & _valid(self.donor)[self.patch.here]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +36,7 @@ class CutPaste(Defect):
     size: tuple[float, float] = (0.14, 0.39)
     jitter: float = 0.1
 
-    def change(self, pair: _Pair, generator: torch.Generator) -> Tensor:
+    def change(self, pair: Pair, generator: torch.Generator) -> Tensor:
         """The donor's box, a little brighter or darker."""
         return _jittered(pair, self.jitter, generator)
 
@@ -169,7 +54,7 @@ class Scar(Defect):
     width: float = 0.15
     jitter: float = 0.1
 
-    def change(self, pair: _Pair, generator: torch.Generator) -> Tensor:
+    def change(self, pair: Pair, generator: torch.Generator) -> Tensor:
         """The donor's pixels near a line through the middle of the box."""
         places = torch.stack(pair.patch.places)  # (axes, *box)
         direction = F.normalize(torch.randn(len(places), generator=generator), dim=0)
@@ -192,17 +77,17 @@ class Texture(Defect):
 
     opacity: tuple[float, float] = (0.1, 1.0)
 
-    def change(self, pair: _Pair, generator: torch.Generator) -> Tensor:
+    def change(self, pair: Pair, generator: torch.Generator) -> Tensor:
         """A blend in a blot with a ragged border."""
         box = pair.before.shape[1:]
         blot = _smooth_noise(box, 2, generator) + 1.5 * (1 - pair.patch.radius)
         channels = [_smooth_noise(box, 6, generator) for _ in range(len(pair.before))]
-        mean = _mean(pair.host)
+        mean = mean_of(pair.host)
         texture = mean + 1.5 * pair.spread * torch.stack(channels)
-        if float(_uniform(1, generator)) < 0.5:
+        if float(uniform(1, generator)) < 0.5:
             texture = pair.given
         low, high = self.opacity
-        share = low + (high - low) * _uniform(1, generator)
+        share = low + (high - low) * uniform(1, generator)
         return torch.where(blot > 0, torch.lerp(pair.before, texture, share), pair.before)
 
 
@@ -216,10 +101,10 @@ class Interpolation(Defect):
 
     share: tuple[float, float] = (0.05, 0.95)
 
-    def change(self, pair: _Pair, generator: torch.Generator) -> Tensor:
+    def change(self, pair: Pair, generator: torch.Generator) -> Tensor:
         """The blend in the whole box."""
         low, high = self.share
-        share = low + (high - low) * _uniform(1, generator)
+        share = low + (high - low) * uniform(1, generator)
         return torch.lerp(pair.before, pair.given, share)
 
 
@@ -233,9 +118,12 @@ class Poisson(Defect):
 
     size: tuple[float, float] = (0.1, 0.3)
 
-    def change(self, pair: _Pair, generator: torch.Generator) -> Tensor:
-        """The blend inside of the box; its rim stays the host's."""
-        return blend(pair.before, pair.given, pair.valid)
+    def change(self, pair: Pair, generator: torch.Generator) -> Tensor:
+        """The blend inside of the box; its rim stays the host's, and all of a box that has none."""
+        try:
+            return blend(pair.before, pair.given, pair.valid)
+        except BlendError:
+            return pair.before  # so that another box is drawn, or another kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,11 +139,11 @@ class Blob(Defect):
     contrast: tuple[float, float] = (-1.5, 1.5)
     softness: float = 0.4
 
-    def change(self, pair: _Pair, generator: torch.Generator) -> Tensor:
+    def change(self, pair: Pair, generator: torch.Generator) -> Tensor:
         """The host's pixels plus the contrast, which falls to 0 at the border of the box."""
         physical = pair.host.units == "HU"
         low, high = self.contrast_hu if physical else self.contrast
-        contrast = low + (high - low) * _uniform(1, generator)
+        contrast = low + (high - low) * uniform(1, generator)
         inside = ((1 - pair.patch.radius) / max(self.softness, 1e-6)).clamp(0, 1)
         profile = inside.square() * (3 - 2 * inside)  # smooth at both ends
         return pair.before + contrast * profile * (1.0 if physical else pair.spread)
@@ -274,6 +162,10 @@ _KINDS = {
 @dataclass(frozen=True, kw_only=True)
 class Defects:
     """Which defects are made up, and how large; every call draws one kind.
+
+    Real sets hold plain images: an empty tray, the last slices of a scan. Some kinds cannot change
+    them (a mix with a plain donor, a blend without a gradient, a box on a few valid pixels), so
+    where the kind that was drawn does not, the others are tried.
 
     kinds: of cut_paste, scar, texture, interpolation, poisson and blob.
     size: smallest and largest side of the box around one, as a share of the image's side.
@@ -294,49 +186,33 @@ class Defects:
         Defect(size=self.size)  # refuses sizes that are none
 
     def __call__(self, sample: Sample, donor: Sample, generator: torch.Generator) -> Sample:
-        """The sample with one defect; see `Defect`."""
-        row = int(torch.randint(len(self.kinds), (1,), generator=generator))
-        return _KINDS[self.kinds[row]](size=self.size)(sample, donor, generator)
+        """The sample with one defect, or the sample itself where no kind changes it.
+
+        Raises ValueError as `Defect` does, but not for plain images.
+        """
+        first = int(torch.randint(len(self.kinds), (1,), generator=generator))
+        for name in self.kinds[first:] + self.kinds[:first]:
+            made = _KINDS[name](size=self.size).attempt(sample, donor, generator)
+            if made is not None:
+                return made
+        return sample
+
+    def with_any(
+        self, sample: Sample, donors: Sequence[Sample], generator: torch.Generator
+    ) -> Sample:
+        """As a call, with a donor drawn from several, and up to four more where one will not do."""
+        for _ in range(min(_DONORS, len(donors))):
+            row = int(torch.randint(len(donors), (1,), generator=generator))
+            made = self(sample, donors[row], generator)
+            if made is not sample:
+                return made
+        return sample
 
 
-def has_valid_pixel(sample: Sample) -> bool:
-    """Whether there is a place for a defect."""
-    return bool(_valid(sample.images["image"]).any())
-
-
-def _check(sample: Sample, donor: Sample) -> None:
-    host, other = sample.images["image"], donor.images["image"]
-    if host.axes not in ("HW", "DHW"):
-        raise ValueError(f"item {sample.item}: defects take axes HW or DHW, got {host.axes}")
-    if other.axes != host.axes or len(other.pixels) != len(host.pixels):
-        raise ValueError(
-            f"a donor must be of the same kind: item {sample.item} has axes {host.axes} and "
-            f"{len(host.pixels)} channels, donor {donor.item} {other.axes} and {len(other.pixels)}"
-        )
-    for one in (sample, donor):
-        if not has_valid_pixel(one):
-            raise ValueError(f"item {one.item} has no valid pixel, so no defect can be made of it")
-
-
-def _with_defect(sample: Sample, box: tuple[slice, ...], piece: Tensor, changed: Tensor) -> Sample:
-    """The sample with `piece` (C, *box) where `changed` (*box)."""
-    host = sample.images["image"]
-    pixels, mask = host.pixels.clone(), torch.zeros(1, *host.spatial_shape)
-    inside = (slice(None), *box)
-    pixels[inside] = torch.where(changed, piece, host.pixels[inside])
-    mask[inside] = changed.float()
-    return replace(
-        sample,
-        images={**sample.images, "image": replace(host, pixels=pixels)},
-        mask=replace(host, pixels=mask, channels=(), units="mask", value_range=None),
-        label=1,
-    )
-
-
-def _jittered(pair: _Pair, jitter: float, generator: torch.Generator) -> Tensor:
+def _jittered(pair: Pair, jitter: float, generator: torch.Generator) -> Tensor:
     """The donor's pixels (C, *box) where both are valid, of up to `jitter` another brightness and
     contrast."""
-    brightness, contrast = (jitter * (2 * _uniform(2, generator) - 1)).tolist()
+    brightness, contrast = (jitter * (2 * uniform(2, generator) - 1)).tolist()
     mean = pair.given[:, pair.valid].mean(1).reshape(pair.spread.shape)
     piece = mean + (pair.given - mean) * (1 + contrast) + brightness * pair.spread
     return torch.where(pair.valid, piece, pair.before)
@@ -350,37 +226,3 @@ def _smooth_noise(box: Sequence[int], cells: int, generator: torch.Generator) ->
         grid = torch.randn(1, 1, *[cells * 2**octave + 1] * len(box), generator=generator)
         total += F.interpolate(grid, tuple(box), mode=mode, align_corners=True) / 2**octave
     return total[0, 0]
-
-
-def _valid(image: Image) -> Tensor:
-    """(*spatial) bool."""
-    if image.valid is None:
-        return torch.ones((), dtype=torch.bool).expand(image.spatial_shape)
-    return image.valid
-
-
-def _mean(image: Image) -> Tensor:
-    """Of the valid pixels of each channel, (C, 1, ..., 1)."""
-    values = image.pixels[:, _valid(image)].double().mean(1).float()
-    return values.reshape(-1, *[1] * len(image.spatial_shape))
-
-
-def _spread(image: Image) -> Tensor:
-    """Standard deviation of the valid pixels of each channel, (C, 1, ..., 1); 1 instead of 0."""
-    values = image.pixels[:, _valid(image)].double().std(1, correction=0).float()
-    values = torch.where(values > 0, values, 1.0)
-    return values.reshape(-1, *[1] * len(image.spatial_shape))
-
-
-def _uniform(count: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(count, generator=generator)
-
-
-def _valid_pixel(valid: Tensor, generator: torch.Generator) -> list[int]:
-    """Index of a valid pixel, all of them equally likely."""
-    index: list[int] = []
-    while valid.ndim:
-        counts = valid.reshape(len(valid), -1).sum(1).double()
-        index.append(int(torch.multinomial(counts, 1, generator=generator)))
-        valid = valid[index[-1]]
-    return index

@@ -44,7 +44,7 @@ class MapTail:
         known = values[~values.isnan()].float().cpu().numpy()
         if len(known) == 0:
             raise ValueError("the anomaly map has no value anywhere")
-        places = [len(known) - 1 - _most_above(share, len(known)) for share in SHARES]
+        places = [len(known) - 1 - most_above(share, len(known)) for share in SHARES]
         ordered = np.partition(known, sorted(set(places)))
         return cls(tuple(float(ordered[place]) for place in places))
 
@@ -74,8 +74,8 @@ def controlled_level(tails: Sequence[MapTail], rate: float) -> float | None:
     return levels[lowest] if lowest < len(levels) else None
 
 
-def _most_above(share: float, count: int) -> int:
-    """The largest m with m / count <= share, without its rounding."""
+def most_above(share: float, count: int) -> int:
+    """The largest m below count with m / count <= share, without its rounding."""
     m = min(count - 1, math.floor(share * count) + 1)
     while m / count > share:
         m -= 1

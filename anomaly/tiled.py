@@ -5,12 +5,13 @@ from dataclasses import replace
 from itertools import product
 from math import ceil
 from pathlib import Path
-from typing import Self, overload
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from anomaly.base import AnomalyMap, Detector, NormalData
+from anomaly.pieces import Pieces, PiecewiseDetector
 from medssl.data.geometry import crop
 from medssl.data.image import Image
 from medssl.data.sample import Batch, Sample, collate
@@ -20,7 +21,7 @@ _TILES_AT_ONCE = 8  # bounds the memory of scoring, whatever the size of a pictu
 Place = tuple[tuple[int, int], tuple[int, int]]  # first row and column; height and width
 
 
-class Tiled(Detector):
+class Tiled(PiecewiseDetector):
     """Fits a 2D detector on overlapping tiles, and blends its maps of them into one.
 
     A picture is seen at its full resolution, a few tiles at a time, so that a small defect is not
@@ -42,9 +43,7 @@ class Tiled(Detector):
     def __init__(
         self, detector: Detector, *, tile: list[int], overlap: int = 32, num_top: int = 1
     ) -> None:
-        super().__init__()
-        if detector.axes != "HW":
-            raise ValueError(f"tiles need a detector of axes HW, got {detector.axes}")
+        super().__init__(detector)
         if len(tile) != 2 or not 0 <= overlap < min(tile):
             raise ValueError(
                 "tile is (H, W) in pixels and overlap is less than either, got tile "
@@ -52,15 +51,13 @@ class Tiled(Detector):
             )
         if num_top < 1:
             raise ValueError(f"num_top must be at least 1, got {num_top}")
-        self.detector = detector
         self.tile = list(tile)
         self.overlap = overlap
         self.num_top = num_top
-        self.unbounded = detector.unbounded
 
     def fit(self, normal: NormalData, *, workdir: Path | None = None) -> Self:
-        """Fit the detector on the tiles of all pictures; needs each picture twice, in order."""
-        tiles = _Tiles(normal, self)
+        """Fit the detector on the tiles of all pictures; see `Pieces` for how often one is read."""
+        tiles = Pieces(normal, self._valid_places, _tile)
         if len(tiles) == 0:
             raise ValueError(f"none of the {len(normal)} normal items has a valid pixel")
         part = NormalData(tiles, batch_size=normal.batch_size, workers=normal.workers)
@@ -90,11 +87,17 @@ class Tiled(Detector):
             sides.append(side)
         return [((row, column), (sides[0], sides[1])) for row, column in product(*starts)]
 
+    def _valid_places(self, image: Image) -> list[Place]:
+        """The tiles of a picture with a valid pixel."""
+        if image.axes != "HW":
+            raise ValueError(f"tiles need pictures of axes HW, got {image.axes}")
+        return [place for place in self.places(image.spatial_shape) if _any_valid(image, place)]
+
     def _blended(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """Map (H, W) and score () of one picture."""
         image = sample.images["image"]
         total, weight = torch.zeros(image.spatial_shape), torch.zeros(image.spatial_shape)
-        places = [place for place in self.places(image.spatial_shape) if _any_valid(image, place)]
+        places = self._valid_places(image)
         scores = [torch.empty(0)]
         for start in range(0, len(places), _TILES_AT_ONCE):
             some = places[start : start + _TILES_AT_ONCE]
@@ -120,36 +123,6 @@ class Tiled(Detector):
 
         detector, samples = PatchCore.example()
         return cls(detector, tile=[32, 32], overlap=16, num_top=2), samples
-
-
-class _Tiles(Sequence[Sample]):
-    """The tiles with a valid pixel of all pictures; keeps the picture that was read last."""
-
-    def __init__(self, pictures: NormalData, tiled: Tiled) -> None:
-        self.pictures = pictures
-        self.tiles: list[tuple[int, Place]] = []
-        self.last: tuple[int, Sample] | None = None
-        for i in range(len(pictures)):
-            image = pictures[i].images["image"]
-            if image.axes != "HW":
-                raise ValueError(f"tiles need pictures of axes HW, got {image.axes}")
-            places = tiled.places(image.spatial_shape)
-            self.tiles += [(i, place) for place in places if _any_valid(image, place)]
-
-    def __len__(self) -> int:
-        return len(self.tiles)
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        picture, place = self.tiles[index]
-        if self.last is None or self.last[0] != picture:
-            self.last = (picture, self.pictures[picture])
-        return _tile(self.last[1], place)
 
 
 def _tile(sample: Sample, place: Place) -> Sample:

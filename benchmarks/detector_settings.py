@@ -119,8 +119,8 @@ SETTINGS: dict[str, Setting] = {
         lambda encoder, seed: EfficientStudent(
             encoder,
             layers=LAYERS,
-            teacher_plan=plan(1000, 1e-3),
-            plan=plan(2000, 5e-4),
+            teacher_plan=plan(1000, 1e-3, batch_size=2),
+            plan=plan(2000, 5e-4, batch_size=1),
             seed=seed,
         )
     ),

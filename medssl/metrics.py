@@ -75,7 +75,8 @@ def f1_max(scores: Tensor, labels: Tensor) -> float:
     order = np.argsort(-values, kind="stable")
     found = known[order].cumsum()
     above = np.arange(1, len(order) + 1)
-    last = np.append(np.diff(values[order]) != 0, True)  # of equal scores
+    falling = values[order]
+    last = np.append(falling[1:] != falling[:-1], True)  # of equal scores
     return float((2 * found / (above + known.sum()))[last].max())
 
 
@@ -85,6 +86,7 @@ def f1(above: Tensor, labels: Tensor) -> float:
     above: (S,) bool; labels: (S,), 0 normal, 1 anomalous.
     Raises OneClassError where nothing is anomalous.
     """
+    _check_pairs(above, labels)
     anomalous = labels == 1
     if not anomalous.any():
         raise OneClassError("F1 needs an anomalous item")
@@ -96,6 +98,7 @@ def auroc_of_draws(scores: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
 
     scores, labels: (S,) as of `auroc`. counts: (R, S), how often each draw holds each item.
     """
+    _check_known(scores)
     values, place = scores.double().unique(return_inverse=True)  # from the smallest on
     weights = counts.double()
     sides = []
@@ -132,6 +135,7 @@ def bootstrap(
         rows = torch.arange(len(counts)).repeat_interleave(counts)
         return metric(*(array[rows] for array in arrays))
 
+    _check_rows(arrays, groups)
     value = metric(*arrays)
     return interval(value, draw, groups=groups, repeats=repeats, seed=seed)
 
@@ -157,6 +161,7 @@ def paired_bootstrap(
         rows = torch.arange(len(counts)).repeat_interleave(counts)
         return np.array([metric(scores[rows], labels[rows]) for scores in (scores_a, scores_b)])
 
+    _check_rows((scores_a, scores_b, labels), groups)
     values = np.array([metric(scores, labels) for scores in (scores_a, scores_b)])
     drawn = _collected(_one_by_one(draw), groups, repeats, seed)
     return difference_of(values, drawn)
@@ -264,17 +269,33 @@ def _resampled(groups: Sequence[str | None], seed: int) -> Iterator[Tensor]:
         yield torch.bincount(drawn, minlength=len(number))[owner]
 
 
-def _checked(scores: Tensor, labels: Tensor) -> tuple[Any, Any]:
-    """(labels, scores) as scikit-learn takes them."""
+def _check_rows(arrays: Sequence[Tensor], groups: Sequence[str | None]) -> None:
+    if any(len(array) != len(groups) for array in arrays):
+        raise ValueError(
+            f"one group per item: got {len(groups)} groups for {[len(array) for array in arrays]} "
+            "items"
+        )
+
+
+def _check_pairs(scores: Tensor, labels: Tensor) -> None:
     if scores.shape != labels.shape or scores.ndim != 1:
         raise ValueError(
             f"one label per score: got scores {tuple(scores.shape)} and labels "
             f"{tuple(labels.shape)}"
         )
+
+
+def _check_known(scores: Tensor) -> None:
+    if scores.isnan().any():
+        raise ValueError(f"{int(scores.isnan().sum())} of {len(scores)} scores are NaN")
+
+
+def _checked(scores: Tensor, labels: Tensor) -> tuple[Any, Any]:
+    """(labels, scores) as scikit-learn takes them."""
+    _check_pairs(scores, labels)
     if labels.unique().tolist() != [0, 1]:
         raise OneClassError(
             f"labels must hold 0 and 1, got {labels.unique().tolist()}; leave unknown items out"
         )
-    if scores.isnan().any():
-        raise ValueError(f"{int(scores.isnan().sum())} of {len(scores)} scores are NaN")
+    _check_known(scores)
     return labels.cpu().numpy(), scores.cpu().numpy()

@@ -23,6 +23,7 @@ import pipelines
 
 DONE, SOME_FAILED, USAGE, NO_DATA, INTERRUPTED = 0, 1, 2, 3, 130
 _EXPLAINED = {"ArgumentError", "ValueError", "OSError", "ReadError", "ModelFolderError"}
+_EXPLAINED |= {"FloatingPointError"}  # a training whose loss is not finite
 _NOT_ACCEPTED = re.compile(r"Option '([^']+)' is not accepted")
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: --([\w.]+)")
 _DASHED = re.compile(r"(?<=^--)[a-z][^=\s]*")  # --max-train is the parameter max_train

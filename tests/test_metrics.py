@@ -68,6 +68,14 @@ def test_items_of_one_group_are_drawn_together():
     assert alone.high - alone.low < 0.5 * (single.high - single.low)
 
 
+def test_fewer_groups_than_items_are_refused():
+    values = torch.arange(10.0)
+    with pytest.raises(ValueError, match=r"3 groups for \[10\] items"):
+        bootstrap(mean, values, groups=[None] * 3)
+    with pytest.raises(ValueError, match="3 groups"):
+        paired_bootstrap(mean_score, values, values, values, [None] * 3)
+
+
 def test_rows_of_all_arrays_stay_together():
     scores = torch.arange(40.0)
     labels = (scores >= 20).long()
@@ -114,6 +122,9 @@ def test_the_auroc_of_many_draws_is_that_of_each():
     one_class = torch.zeros(1, 30, dtype=torch.int64)
     one_class[0, 0] = 3
     assert auroc_of_draws(scores, labels, one_class).isnan().all()
+    scores[3] = torch.nan
+    with pytest.raises(ValueError, match="1 of 30 scores are NaN"):
+        auroc_of_draws(scores, labels, counts)
 
 
 @pytest.mark.parametrize("levels", [1, 4, 1000])
@@ -126,6 +137,11 @@ def test_f1_max_is_the_best_of_every_threshold(levels):
     assert f1_max(scores, labels) == pytest.approx(max(every))
 
 
+def test_infinite_scores_are_tied_like_any_others():
+    found = f1_max(torch.tensor([torch.inf, torch.inf, 0.0]), torch.tensor([1, 0, 0]))
+    assert found == pytest.approx(2 / 3)
+
+
 def test_f1_at_a_threshold_is_that_of_scikit_learn():
     labels = torch.tensor([0, 0, 1, 1, 1])
     above = torch.tensor([True, False, True, True, False])
@@ -133,6 +149,8 @@ def test_f1_at_a_threshold_is_that_of_scikit_learn():
     assert f1(torch.zeros(5, dtype=torch.bool), labels) == 0
     with pytest.raises(OneClassError, match="anomalous"):
         f1(above[:2], labels[:2])
+    with pytest.raises(ValueError, match="one label per score"):
+        f1(above, labels[2:3])
 
 
 def test_many_draws_at_once_give_the_intervals_of_one_by_one():

@@ -151,9 +151,8 @@ class MadeUp:
         """Returns "image" (C, *spatial), 0 where not valid, "valid" and "changed" (*spatial)."""
         changed = bool(torch.rand((), generator=generator) < 0.5)
         if changed and has_valid_pixel(sample):
-            donors = self.donors or [sample]
-            row = int(torch.randint(len(donors), (1,), generator=generator))
-            sample = self.defects(replace(sample, mask=None), donors[row], generator)
+            plain = replace(sample, mask=None)
+            sample = self.defects.with_any(plain, self.donors or [sample], generator)
         else:
             sample = replace(sample, mask=None)
         batch = collate([sample])

@@ -91,6 +91,11 @@ class FewShotNearest(Detector):
             raise ValueError(f"none of the {len(normal)} normal items has a valid pixel")
         return self
 
+    def forget(self) -> None:
+        """As of `Detector`; what was prepared to search the bank goes too."""
+        super().forget()
+        self._search = RepeatedSearch()
+
     @torch.no_grad()
     def predict(self, batch: Batch) -> AnomalyMap:
         """Scores and maps, 0 to 2; an item without a valid pixel scores NaN."""

@@ -186,6 +186,11 @@ class PatchCore(Detector):
         self._hold(self.bank_[rows], renumbered[self.owner_[rows]], left)
         return self
 
+    def forget(self) -> None:
+        """As of `Detector`; what was prepared to search the bank goes too."""
+        super().forget()
+        self._search = RepeatedSearch()
+
     @torch.no_grad()
     def predict(self, batch: Batch) -> AnomalyMap:
         """Scores and maps; an item without a valid pixel scores NaN."""

@@ -7,15 +7,15 @@ of structure that they are scored with.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from anomaly.base import AnomalyMap
 from anomaly.maps import outside_is_nan, smooth
+from anomaly.reconstruction.residual import intensity_limits
 from anomaly.structure import multi_scale_ssim_map
-from anomaly.valid import WholeImage, largest, mean_over_valid
+from anomaly.valid import WholeImage, largest, maps_by_size, mean_over_valid
 from medssl.data.sample import ImageBatch, Sample
 from medssl.models.masked_transformer import MaskedTransformer, grid_of, patchify, unpatchify
 from medssl.training import Trainable, TrainingPlan
@@ -29,9 +29,6 @@ PLAN = TrainingPlan(
 )
 """Of both detectors where none is given; the weight decay is that of MAE, the rate is higher, since
 there are some 6,000 steps and not 500,000. With a quarter of them pictures are hardly rebuilt."""
-
-_TAIL = 0.005  # of the values at each end do not count for their range
-_MOST_VALUES = 1 << 22  # that the range is taken from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +118,7 @@ class MaskedReconstruction(Trainable):
 
     def prepare(self, samples: Sequence[Sample]) -> None:
         """The range of the normals' values."""
-        low, high = robust_range(samples)
+        low, high = intensity_limits(samples)
         device = self.network.mask_token.device
         self.low_ = torch.tensor([low], device=device)
         self.data_range_ = torch.tensor([high - low], device=device)
@@ -165,13 +162,13 @@ def scored(
     seed: int,
 ) -> AnomalyMap:
     """Scores and maps of a batch; items of different sizes are looked at without their padding."""
-    maps = torch.full(images.valid.shape, torch.nan, device=images.pixels.device)
-    for rows, inside in _by_size(images.sizes):
-        place: tuple[Any, ...] = (rows, *inside)
-        valid = images.valid[place]
-        scaled = trained.scaled(images.pixels[rows][(slice(None), slice(None), *inside)], valid)
+
+    def errors(pixels: Tensor, valid: Tensor) -> Tensor:
+        scaled = trained.scaled(pixels, valid)
         rebuilt = trained.rebuilt(scaled, num_partitions=num_partitions, seed=seed)
-        maps[place] = error.maps(scaled, rebuilt, valid)
+        return error.maps(scaled, rebuilt, valid)
+
+    maps = maps_by_size(images, errors)
     return AnomalyMap(score=largest(maps, error.top), maps={"image": maps})
 
 
@@ -191,37 +188,3 @@ def hidden_parts(count: int, parts: int, *, num_partitions: int, seed: int) -> I
         part = torch.randperm(count, generator=generator) % parts
         for shown in range(parts):
             yield part != shown
-
-
-def robust_range(samples: Sequence[Sample]) -> tuple[float, float]:
-    """The 0.5th and the 99.5th percentile of the valid values of all samples, evenly thinned.
-
-    Raises ValueError where there is no valid value, or only one.
-    """
-    most = max(1, _MOST_VALUES // len(samples))
-    values = []
-    for i in range(len(samples)):
-        image = samples[i].images["image"]
-        known = image.pixels if image.valid is None else image.pixels[:, image.valid]
-        flat = known.flatten()
-        values.append(flat[:: max(1, -(-flat.numel() // most))])
-    together = torch.cat(values).sort().values
-    if len(together) == 0:
-        raise ValueError("none of the normal items has a valid pixel")
-    last = len(together) - 1
-    low, high = (float(together[round(share * last)]) for share in (_TAIL, 1 - _TAIL))
-    if not high > low:
-        raise ValueError(
-            f"the normal items hold one value, {low:g}, and nothing can be learnt of them; look at "
-            "their preprocessing"
-        )
-    return low, high
-
-
-def _by_size(
-    sizes: Sequence[tuple[int, ...]],
-) -> Iterator[tuple[Tensor, tuple[slice, ...]]]:
-    """Rows of one size, and the place of their pixels in a batch padded at the ends."""
-    for size in dict.fromkeys(sizes):
-        rows = [row for row, other in enumerate(sizes) if other == size]
-        yield torch.tensor(rows), tuple(slice(side) for side in size)

@@ -1,7 +1,6 @@
 """What every detector shares that tells an image from its reconstruction."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +8,9 @@ from torch import Tensor
 
 from anomaly.base import AnomalyMap
 from anomaly.learning import LearnedDetector, device_of
-from anomaly.maps import outside_is_nan, smooth
+from anomaly.maps import smooth
 from anomaly.selection import Selection
-from anomaly.valid import largest
+from anomaly.valid import largest, maps_by_size
 from medssl.data.sample import Batch, Sample
 from medssl.training import TrainingPlan
 
@@ -64,16 +63,7 @@ class ReconstructionDetector(LearnedDetector):
         """
         self.check_fitted()
         images = batch.images["image"].to(device_of(self))
-        maps = torch.full(images.valid.shape, torch.nan, device=images.valid.device)
-        for size in dict.fromkeys(images.sizes):
-            rows = torch.tensor([own == size for own in images.sizes], device=maps.device)
-            inside: tuple[Any, ...] = (..., *(slice(side) for side in size))
-            valid = images.valid[rows][inside]
-            shown = images.pixels[rows][inside]
-            errors = self.residual(torch.where(valid[:, None], shown, 0.0), valid)
-            part = maps[inside]
-            part[rows] = outside_is_nan(errors, valid)
-        maps = smooth(maps, self.sigma)
+        maps = smooth(maps_by_size(images, self.residual), self.sigma)
         score = maps.flatten(1).nanmean(1) if self.top == 1 else largest(maps, self.top)
         return AnomalyMap(score=score, maps={"image": maps})
 

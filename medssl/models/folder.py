@@ -187,6 +187,8 @@ def _built(value: Any, trust: Sequence[str]) -> Any:
     """An argument with the models and records that it holds."""
     if _is_description(value):
         return build(value, trust=trust)
+    if isinstance(value, Mapping):
+        return {key: _built(entry, trust) for key, entry in value.items()}
     return [_built(entry, trust) for entry in value] if isinstance(value, list) else value
 
 

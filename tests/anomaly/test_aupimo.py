@@ -84,6 +84,20 @@ def test_only_the_highest_normal_pixels_are_kept_and_nothing_changes(monkeypatch
     assert 0 < aupimo(maps, masks, fpr_bounds=(1e-3, 1e-2))[7] == pytest.approx(expected.item())
 
 
+def test_ties_at_the_place_from_which_pixels_are_dropped_count_whole(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(100, 100, generator=generator).round() for _ in range(8)]
+    masks = [None] * 7 + [torch.eye(100)]
+    maps[7] += 2 * torch.eye(100)
+    for high in (0.03, 0.2):
+        expected = aupimo(maps, masks, fpr_bounds=(1e-3, high))[7].item()
+        for kept in (15_000, 20_000, 30_000):  # 0.2 to 0.4 of 70 000: all tied at 1 or at 0
+            with monkeypatch.context() as limited:
+                limited.setattr("anomaly.aupimo._MOST_KEPT", kept)
+                found = aupimo(maps, masks, fpr_bounds=(1e-3, high))[7].item()
+            assert found == pytest.approx(expected, abs=1e-12)
+
+
 def test_too_few_normal_pixels_for_the_lower_rate_are_refused():
     mask = torch.ones(20, 20)
     with pytest.raises(OneClassError, match="takes 100000 pixels"):
@@ -94,3 +108,15 @@ def test_too_few_normal_pixels_for_the_lower_rate_are_refused():
         aupimo([torch.rand(20, 20)], [None], fpr_bounds=BOUNDS)
     with pytest.raises(ValueError, match="lower < upper"):
         aupimo([torch.rand(20, 20)], [None], fpr_bounds=(0.1, 0.01))
+
+
+def test_an_upper_rate_beyond_the_highest_pixels_is_refused(monkeypatch):
+    monkeypatch.setattr("anomaly.aupimo._MOST_KEPT", 100)
+    maps = [torch.rand(20, 20) for _ in range(3)]
+    with pytest.raises(ValueError, match="100 highest .* lower upper bound than 0.2"):
+        aupimo(maps, [None, None, torch.eye(20)], fpr_bounds=(0.01, 0.2))
+
+
+def test_a_mask_of_another_grid_is_refused():
+    with pytest.raises(ValueError, match="on its map's grid"):
+        aupimo([torch.rand(20, 20)] * 2, [None, torch.ones(20, 1)], fpr_bounds=BOUNDS)

@@ -58,3 +58,10 @@ def test_intervals_hold_the_figures_and_draw_groups_whole():
 def test_without_a_marked_pixel_there_is_no_dice():
     with pytest.raises(OneClassError, match="marked"):
         dice([overlap(torch.rand(3, 4), None, threshold=0.5)])
+    with pytest.raises(OneClassError, match="marked"):
+        dice([])
+
+
+def test_a_mask_of_another_grid_is_refused():
+    with pytest.raises(ValueError, match="on its map's grid"):
+        overlap(torch.rand(3, 4), torch.ones(3, 1), threshold=0.5)

@@ -22,7 +22,7 @@ def test_adjusted_p_values_are_those_of_scipy(values):
 @given(p_values, st.sampled_from([0.01, 0.05, 0.11, 0.3]))
 def test_those_at_most_q_are_what_the_step_up_procedure_rejects(values, q):
     ordered = sorted(values)
-    passed = [rank for rank, p in enumerate(ordered, start=1) if p * len(values) / rank <= q]
+    passed = [rank for rank, p in enumerate(ordered, start=1) if p * (len(values) / rank) <= q]
     rejected = [p <= ordered[passed[-1] - 1] if passed else False for p in values]
     assert [one <= q for one in adjusted_p_values(values)] == rejected
 
@@ -30,6 +30,13 @@ def test_those_at_most_q_are_what_the_step_up_procedure_rejects(values, q):
 def test_four_p_values_by_hand():
     # times 4/rank: 0.04, 0.06, 0.052, 0.2; then the least of those at least as large
     assert adjusted_p_values([0.2, 0.01, 0.039, 0.03]) == pytest.approx([0.2, 0.04, 0.052, 0.052])
+
+
+@pytest.mark.parametrize("count", [3, 20, 49, 100])
+def test_equal_p_values_stay_what_they_are(count):
+    for normals in range(1, 100):
+        p = normals / 100
+        assert adjusted_p_values([p] * count) == [p] * count
 
 
 def test_no_item_and_a_single_one():

@@ -150,3 +150,28 @@ def test_intervals_hold_their_values_and_skip_draws_without_a_lesion():
 def test_without_a_lesion_there_is_no_curve():
     with pytest.raises(OneClassError, match="lesion"):
         FROC([findings([], [1.0])])
+
+
+def test_a_draw_without_the_item_of_most_false_findings_looks_at_the_lower_ones_of_the_others():
+    rng = np.random.default_rng(0)
+    others = [findings(rng.normal(1, 1, 2), rng.normal(size=3)) for _ in range(4)]
+    others.append(findings([2.5, -0.4], [150, -0.5]))  # one is beyond the first rate already
+    noisy = findings([], 100 + rng.random(400))  # more than all that are looked at first
+    froc, alone = FROC([noisy, *others]), FROC(others)
+    assert alone.recalls()[0] < alone.recalls()[-1] == 1
+    assert froc._recalls(np.array([0.0, 1, 1, 1, 1, 1]), RATES).tolist() == alone.recalls()
+    assert froc.recalls() == [0.0] * 7
+    assert froc.recalls([60, 67, 69]) == [0.0, alone.recalls([0.4])[0], 1.0]
+
+
+def test_infinite_scores_are_tied_like_any_others():
+    froc = FROC([findings([np.inf, 1], [np.inf])])
+    assert [side.tolist() for side in froc.curve()] == [[1, 1], [0.5, 1]]
+    assert froc.recalls([0.5, 1]) == [0, 1]
+
+
+def test_a_mask_or_spacing_of_another_grid_is_refused():
+    with pytest.raises(ValueError, match="on its map's grid"):
+        find(torch.rand(3, 4), torch.ones(3, 1), threshold=0.5)
+    with pytest.raises(ValueError, match="one per axis"):
+        find(torch.rand(3, 4), None, threshold=0.5, spacing=(2.0, 1.0, 1.0), min_volume_mm3=1)

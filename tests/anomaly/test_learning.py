@@ -12,9 +12,10 @@ from torch import nn
 
 from anomaly.base import AnomalyMap, NormalData
 from anomaly.examples import smooth_pictures
-from anomaly.learning import LearnedDetector, StoppedError
+from anomaly.learning import LearnedDetector, StoppedError, frozen_digest
 from anomaly.maps import outside_is_nan
-from anomaly.selection import PseudoScore, Selection
+from anomaly.selection import Chosen, PseudoScore, Selection
+from anomaly.slicewise import Slicewise
 from anomaly.synthetic import Defects
 from medssl.data.preprocess import Preprocessing
 from medssl.data.sample import collate
@@ -100,7 +101,8 @@ def test_the_checkpoint_that_tells_defects_best_is_kept_and_not_the_last():
     assert detector.trainable.quality == 1
     assert detector.samples_seen_.tolist() == [16]
     assert detector.notes["chosen_samples_seen"] == 16
-    for name, value in detector.notes["chosen"].items():
+    for name in ("image_auroc", "pixel_auroc"):
+        value = detector.notes["chosen"][name]
         assert value > 0.5
         assert value == pytest.approx(1 - detector.notes["last"][name])  # the same maps, negative
     assert detector.notes["num_train"] + detector.notes["num_select"] == 10
@@ -188,6 +190,93 @@ def test_going_on_with_another_selection_or_hyperparameter_is_refused(tmp_path: 
     Tiny(batch_norm=False).fit(normals(), workdir=tmp_path / "b")
     with pytest.raises(ValueError, match=r"detector\.batch_norm was False and is True"):
         Tiny(batch_norm=True).fit(normals(), workdir=tmp_path / "b")
+
+
+class Beside(nn.Module):
+    """A frozen network with one number, which was given and not learnt."""
+
+    def __init__(self, *, number: float):
+        super().__init__()
+        self.number = number
+        self.weight = nn.Parameter(torch.tensor([1.0, number]), requires_grad=False)
+
+
+class WithEncoder(Tiny):
+    """As `Tiny`, with an encoder of which only the weights may differ."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+
+def test_going_on_with_other_weights_of_the_encoder_is_refused(tmp_path: Path):
+    one, other = Beside(number=2.0), Beside(number=2.0)
+    WithEncoder(one).fit(normals(), workdir=tmp_path)
+    WithEncoder(other).fit(normals(), workdir=tmp_path)  # equal ones
+    other.weight.data[1] = 3.0
+    with pytest.raises(ValueError, match="another training: encoder weights was"):
+        WithEncoder(other).fit(normals(), workdir=tmp_path)
+
+
+def test_the_digest_of_the_frozen_weights_is_the_same_before_and_after_a_fit():
+    detector = WithEncoder(Beside(number=2.0))
+    before = frozen_digest(detector)
+    assert frozen_digest(detector.fit(normals())) == before
+    around = Slicewise(detector)
+    whole = frozen_digest(around)
+    detector.trainable.layer.weight.data.zero_()
+    assert frozen_digest(around) == whole
+    detector.encoder.weight.data.zero_()
+    assert frozen_digest(around) != whole
+
+
+def test_the_digest_does_not_depend_on_how_weights_lie_in_memory():
+    one, other = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+    other.load_state_dict(one.state_dict())
+    other.to(memory_format=torch.channels_last)
+    assert not other.weight.is_contiguous()
+    assert frozen_digest(WithEncoder(one)) == frozen_digest(WithEncoder(other))
+    assert frozen_digest(WithEncoder(one)) != frozen_digest(WithEncoder(one.double()))
+
+
+def test_a_forgotten_detector_has_the_network_that_it_began_with():
+    detector = Tiny(selection=SELECTION, seed=3)
+    torch.manual_seed(3)
+    first = detector.new_trainable().state_dict()
+    detector.fit(normals())
+    trained = detector.trainable
+    assert not trained.layer.weight.equal(first["layer.weight"])
+    detector.forget()
+    assert detector.trainable is not trained
+    assert_same_bits(detector.trainable.state_dict(), first)
+    assert not detector.notes
+    with pytest.raises(RuntimeError, match="is not fitted"):
+        detector.predict(collate(smooth_pictures(1)))
+
+
+def test_the_loser_of_a_choice_keeps_nothing_of_its_training():
+    candidates = [Tiny(noise=0.2), Tiny()]
+    choice = Chosen(candidates, selection=SELECTION).fit(normals())
+    loser = candidates[1 - choice.notes["chosen"]]
+    assert loser.trainable.quality == 0  # -1 after a whole training
+
+
+def test_a_loss_that_is_no_number_names_the_step_and_what_is_kept_of_it(tmp_path: Path):
+    data = normals()
+    data[2].images["image"].pixels[0, 3, 3] = torch.nan
+    with pytest.raises(FloatingPointError, match="the loss is nan at step") as raised:
+        Tiny().fit(data, workdir=tmp_path)
+    (kept,) = (tmp_path / "training").glob("not_finite_*.pt")
+    assert str(kept) in str(raised.value)
+    with pytest.raises(FloatingPointError, match="give `fit` a workdir to keep it"):
+        Tiny().fit(data)
+
+
+def test_a_stopped_fit_without_a_workdir_does_not_say_that_it_can_go_on():
+    detector = Tiny()
+    detector.stop_at = 2
+    with pytest.raises(StoppedError, match="was temporary, and is gone; give `fit` a workdir"):
+        detector.fit(normals())
 
 
 def test_a_split_batch_takes_the_same_steps():

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
-from anomaly.maps import outside_is_nan, smooth, smooth_across, upsample, valid_patches
+from anomaly.maps import outside_is_nan, smooth, upsample, valid_patches
 
 
 def test_a_ramp_of_patches_becomes_a_ramp_of_pixels():
@@ -88,7 +88,7 @@ def test_smoothing_across_slices_is_scipys_over_the_pixels_that_are_not_nan():
         for each in (filled, known)
     ]
     expected = np.where(known > 0, both[0] / np.maximum(both[1], 1e-9), np.nan)
-    found = smooth_across(maps, 1.2)
+    found = smooth(maps, (1.2, 0.0, 0.0))
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 

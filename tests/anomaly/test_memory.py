@@ -185,6 +185,19 @@ def test_a_shortlist_looks_at_few_rows_of_a_bank():
     assert set(looked.tolist()) == set(range(200))
 
 
+@pytest.mark.parametrize("value", [1e20, torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_query_too_large_for_a_product_has_the_distance_that_a_whole_search_gives(value, dtype):
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(80, 8, generator=generator), torch.randn(3, 8, generator=generator)
+    queries[1, 2] = value
+    distances, indices = Shortlist(bank, dtype=dtype).nearest(queries)
+    expected = nearest(queries, bank)
+    torch.testing.assert_close(distances, expected[0], equal_nan=True)
+    assert indices[[0, 2]].equal(expected[1][[0, 2]])
+    assert 0 <= indices[1] < 80
+
+
 def test_a_shortlist_is_not_led_astray_by_rounding_where_rows_lie_close_together():
     generator = torch.Generator().manual_seed(0)
     middle = torch.randn(32, generator=generator)

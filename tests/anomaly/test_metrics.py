@@ -5,6 +5,7 @@ from scipy.ndimage import label
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from anomaly.metrics import PixelScores, aupro, pixel_auroc, pixel_average_precision
+from anomaly.streaming import StreamingPixelScores
 from medssl.metrics import OneClassError, auroc
 
 
@@ -156,6 +157,8 @@ def test_the_level_is_exceeded_by_the_share_asked_for():
     assert pixels.level(0.1) == 89  # 9 of 99 normal pixels lie above, and 10 would be too many
     tied = PixelScores([torch.tensor([[1.0, 2, 2, 2, 3]])], [torch.tensor([[0, 0, 0, 0, 1]])])
     assert tied.level(0.5) == 2
+    hundred = PixelScores([torch.arange(101.0)[None]], [torch.arange(101)[None] == 100])
+    assert hundred.level(0.29) == 70  # 0.29 * 100 is rounded to less than 29
 
 
 # What other code does to raw scores, beside what the figure really is.
@@ -226,6 +229,13 @@ def test_figures_without_an_anomalous_pixel_are_refused():
     maps, _ = scene((19, 23))
     with pytest.raises(OneClassError, match="0 anomalous"):
         aupro(maps, [None] * len(maps))
+
+
+@pytest.mark.parametrize("form", [PixelScores, StreamingPixelScores])
+@pytest.mark.parametrize("maps", [[], [torch.full((2, 3), torch.nan)]])
+def test_figures_without_any_pixel_are_refused(form, maps):
+    with pytest.raises(OneClassError, match="0 anomalous and 0 normal"):
+        form(maps, [None] * len(maps))
 
 
 def test_a_mask_of_another_grid_is_refused():

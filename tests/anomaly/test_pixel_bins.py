@@ -71,3 +71,9 @@ def test_the_pixels_are_asked_for_once_where_no_score_decides_alone():
 
     find_bins(passes)
     assert len(asked) == 1
+
+
+def test_no_pixels_at_all_have_the_bin_of_the_missed_ones():
+    item = ItemPixels.of(torch.full((2, 3), torch.nan), None)
+    bins = find_bins(lambda: [item])
+    assert (bins.starts.tolist(), bins.normal(item).tolist()) == ([0], [0])

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anomaly.poisson import blend
+from anomaly.poisson import BlendError, blend
 
 
 def drawn(seed):
@@ -47,3 +47,42 @@ def test_blending_a_shifted_copy_of_an_image_changes_nothing():
     before = F.interpolate(torch.randn(1, 1, 5, 5, generator=drawn(0)), (20, 20))[0]
     found = blend(before, before + 100, torch.ones(20, 20, dtype=torch.bool))
     torch.testing.assert_close(found, before, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("side", [0, 1], ids=["before", "given"])
+def test_a_valid_pixel_that_is_not_finite_is_refused_and_one_that_is_not_valid_is_not_seen(
+    value, side
+):
+    clean = [torch.randn(2, 9, 11, generator=drawn(seed)) for seed in (0, 1)]
+    wrong = [image.clone() for image in clean]
+    wrong[side][1, 4, 5] = value
+    valid = torch.ones(9, 11, dtype=torch.bool)
+    with pytest.raises(BlendError, match="finite pixels where valid, got 1 others"):
+        blend(*wrong, valid)
+    valid[4, 5] = False
+    expected = blend(*clean, valid)
+    found = blend(*wrong, valid)
+    expected[:, 4, 5] = found[:, 4, 5] = 0.0
+    assert found.equal(expected)
+
+
+def test_a_solver_that_stops_early_is_an_error_and_no_picture(monkeypatch):
+    from scipy.sparse.linalg import cg
+
+    monkeypatch.setattr(
+        "scipy.sparse.linalg.cg",
+        lambda matrix, wanted, x0, rtol: cg(matrix, wanted, x0=x0, rtol=rtol, maxiter=2),
+    )
+    images = [torch.randn(1, 12, 12, generator=drawn(seed)) for seed in (0, 1)]
+    with pytest.raises(BlendError, match="no blend of 100 pixels was found to a residual of 1e-08"):
+        blend(*images, torch.ones(12, 12, dtype=torch.bool))
+
+
+def test_values_that_leave_float32_are_an_error():
+    before, given = torch.full((1, 9, 9), 3e38), torch.zeros(1, 9, 9)
+    given[0, 4, 4] = 3e38  # a peak upon what is already there
+    valid = torch.ones(9, 9, dtype=torch.bool)
+    with pytest.raises(BlendError, match="images of smaller values"):
+        blend(before, given, valid)
+    assert blend(before / 2, given / 2, valid)[0, 4, 4] == pytest.approx(3e38, rel=1e-5)

@@ -1,5 +1,6 @@
 """Choosing without labels: who is held out, how a detector is judged, and which one is kept."""
 
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from anomaly.base import AnomalyMap, Detector, NormalData
 from anomaly.examples import smooth_pictures, smooth_volumes
 from anomaly.maps import outside_is_nan
 from anomaly.selection import Chosen, Selection
+from anomaly.streaming import StreamingPixelScores
 from anomaly.synthetic import Defects
+from medssl.data.image import PointCloud
 from medssl.data.preprocess import Preprocessing
-from medssl.data.sample import collate
+from medssl.data.sample import Sample, collate
 from medssl.data.split import split_by_group
 from medssl.models.folder import describe, load_model, save_model, selftest_noise
 from pipelines.fit import fit
@@ -136,8 +139,119 @@ def test_an_item_without_a_valid_pixel_tells_nothing():
     assert set(detector.predicted) == {f"item{i}" for i in range(12) if i != 3}
     for i in range(len(held_out)):
         held_out[i].images["image"].valid.zero_()
-    with pytest.raises(ValueError, match="none of the 12 normals held out has a valid pixel"):
+    with pytest.raises(ValueError, match="of 12 held out, 0 have a valid pixel"):
         Selection().judge(detector, held_out, seed=0)
+
+
+# a share of the way to a donor: nothing where both are plain
+BETWEEN = Selection(share=0.4, defects=Defects(kinds=("interpolation",)))
+
+
+def blanked(held_out, places):
+    """The same items, those of these places plain."""
+    samples = [held_out[i] for i in range(len(held_out))]
+    for i in places:
+        image = samples[i].images["image"]
+        samples[i] = samples[i].with_image(replace(image, pixels=torch.zeros_like(image.pixels)))
+    return NormalData(samples)
+
+
+def test_an_item_that_no_defect_changes_is_left_out_of_the_judgement_and_counted():
+    held_out = normals()
+    detector = Knowing().fit(held_out)
+    few = Selection(defects=Defects(kinds=("poisson",)))
+    valid = held_out[3].images["image"].valid
+    valid.zero_()[:2, :2] = True  # no pixel with four valid neighbours
+    detector.predicted = []
+    judged = few.judge(detector, held_out, seed=0)
+    assert judged.num_skipped == 1
+    assert set(detector.predicted) == {f"item{i}" for i in range(12) if i != 3}
+    assert 0.5 < judged.pixel_auroc <= 1
+    assert few.judge(detector, normals(), seed=0).num_skipped == 0
+
+
+def test_a_plain_item_takes_another_donor_where_the_first_is_as_plain():
+    held_out = blanked(normals(8), range(4))
+    detector = Knowing().fit(held_out)
+    judged = [BETWEEN.judge(detector, held_out, seed=seed) for seed in range(3)]
+    assert [one.num_skipped for one in judged] == [0, 0, 0]
+    assert {f"item{i}" for i in range(4)} <= set(detector.predicted)
+
+
+def test_a_judgement_of_plain_items_alone_takes_a_kind_that_changes_them():
+    plain = blanked(normals(4), range(4))
+    detector = Knowing().fit(plain)
+    judged = Selection(per_normal=4).judge(detector, plain, seed=0)
+    assert judged.num_skipped == 0
+    assert judged.image_auroc == 1.0  # the normals are exactly the level
+    with pytest.raises(ValueError, match="4 have a valid pixel, and interpolation changed none"):
+        BETWEEN.judge(detector, plain, seed=0)
+
+
+def test_notes_say_how_many_normals_were_skipped():
+    data = normals(groups=6)
+    for i in range(len(data)):
+        if data[i].group in ("patient1", "patient2", "patient3"):
+            data[i].images["image"].valid.zero_()
+    chosen = Chosen([Knowing(), Knowing(sign=-1.0)], selection=BETWEEN).fit(data)
+    _, held_out = BETWEEN.split(data, seed=0)
+    blank = sum(not held_out[i].images["image"].valid.any() for i in range(len(held_out)))
+    assert 0 < blank < len(held_out)
+    assert [one["num_skipped"] for one in chosen.notes["candidates"]] == [blank, blank]
+
+
+class Counting(Knowing):
+    """Whose maps are arrays that tell whether anyone still holds them."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.made, self.most = [], 0
+
+    def predict(self, batch):
+        found = super().predict(batch)
+        self.made = [one for one in self.made if one() is not None]
+        self.most = max(self.most, len(self.made))
+        array = found.maps["image"].numpy().copy()
+        self.made.append(weakref.ref(array))
+        return AnomalyMap(score=found.score, maps={"image": torch.from_numpy(array)})
+
+
+def test_no_map_is_held_while_others_are_made():
+    held_out = normals(make=smooth_volumes)
+    detector = Counting(axes="DHW").fit(held_out)
+    Selection().judge(detector, held_out, seed=0)
+    assert detector.most <= 1  # the last one
+    assert len(detector.predicted) == 36
+
+
+@pytest.mark.parametrize("make", [smooth_pictures, smooth_volumes], ids=["HW", "DHW"])
+def test_more_pixels_than_are_sorted_are_counted_in_bins_from_a_file(make, monkeypatch):
+    held_out = normals(6, make=make)
+    held_out[2].images["image"].valid[:5] = False
+    detector = Knowing(axes=held_out[0].images["image"].axes).fit(held_out)
+    used = []
+
+    class Spy(StreamingPixelScores):
+        def auroc(self):
+            used.append(self.counted.num_items)
+            return super().auroc()
+
+    monkeypatch.setattr("anomaly.selection.StreamingPixelScores", Spy)
+    exact = Selection().judge(detector, held_out, seed=1)
+    assert used == []
+    monkeypatch.setattr("anomaly.selection._SORTED", 1000)
+    monkeypatch.setattr("anomaly.selection._KEPT_BYTES", 1000)
+    counted = Selection().judge(detector, held_out, seed=1)
+    assert counted.image_auroc == exact.image_auroc
+    assert used == [18]
+    assert counted.pixel_auroc == pytest.approx(exact.pixel_auroc, abs=1e-3)
+
+
+def test_items_without_an_image_are_refused_before_anything_is_trained():
+    cloud = PointCloud(points=torch.rand(5, 3), unit="mm")
+    data = NormalData([Sample(item=f"cloud{i}", points=cloud) for i in range(4)])
+    with pytest.raises(ValueError, match="item cloud0 without an image; fit without a selection"):
+        Selection().split(data, seed=0)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from anomaly.examples import smooth_pictures, smooth_volumes
+from anomaly.features.discriminative import MadeUp
 from anomaly.synthetic import (
     Blob,
     CutPaste,
@@ -14,6 +15,7 @@ from anomaly.synthetic import (
     Poisson,
     Scar,
     Texture,
+    has_valid_pixel,
 )
 from medssl.data.image import Image, pixel_affine
 from medssl.data.modality import Modality
@@ -194,6 +196,113 @@ def test_every_kind_named_is_drawn_and_no_other(samples):
         else:
             pytest.fail("neither a blob nor a pasted box")
     assert seen == {Blob, CutPaste}
+
+
+def plain_with(value=0.5, shape=(1, 20, 24), **settings):
+    return sample_of(torch.full(shape, value), **settings)
+
+
+@pytest.mark.parametrize("shape", [(1, 20, 24), (2, 1, 1), (1, 6, 20, 24)])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1.0])
+def test_a_plain_item_gets_a_defect_of_a_kind_that_changes_it(value, shape):
+    plain = plain_with(value, shape, value_range=(0.0, 1.0))
+    for seed in range(8):
+        found = Defects()(plain, plain, drawn(seed))
+        changed = found.images["image"].pixels != value
+        assert found.label == 1
+        assert changed.any(0).equal(found.mask.pixels[0] == 1)
+        assert changed.any()
+
+
+def test_the_kind_that_was_drawn_goes_before_the_others():
+    plain, donor = plain_with(0.0), plain_with(100.0)
+    same = Defects(kinds=("interpolation", "poisson"))
+    assert same(plain, plain, drawn(0)) is plain
+    defects = Defects(kinds=("interpolation", "cut_paste", "poisson"))
+    seen = set()
+    for seed in range(20):
+        pixels = defects(plain, donor, drawn(seed)).images["image"].pixels
+        first = int(torch.randint(3, (1,), generator=drawn(seed)))
+        seen.add((first, "blended" if pixels.max() < 96 else "pasted"))
+    # part of the way, or all of it but for the jitter; no gradient, so the next in turn
+    assert seen == {(0, "blended"), (1, "pasted"), (2, "blended")}
+
+
+def test_a_training_view_of_an_item_that_nothing_changes_is_the_item_with_nothing_marked():
+    host = smooth_pictures(2, (64, 48))[1]
+    valid = torch.zeros(64, 48, dtype=torch.bool)
+    valid[5:7, 5:7] = True
+    tiny = host.with_image(replace(host.images["image"], valid=valid))
+    views = MadeUp(Defects(kinds=("poisson",)), [host])
+    whole = []
+    for seed in range(20):
+        view = views(tiny, drawn(seed))
+        assert view["image"].equal(torch.where(valid, host.images["image"].pixels, 0.0))
+        assert view["changed"].dtype == torch.bool
+        assert not view["changed"].any()
+        whole.append(bool(views(host, drawn(seed))["changed"].any()))
+    assert {True, False} == set(whole)
+
+
+def test_another_donor_is_drawn_where_one_will_not_do():
+    plain, donor = plain_with(0.0), plain_with(1.0)
+    defects = Defects(kinds=("interpolation",))
+    for seed in range(10):
+        found = defects.with_any(plain, [plain, donor, donor], drawn(seed))
+        assert found.mask.pixels.any()
+        alone = defects.with_any(plain, [donor], drawn(seed))
+        assert alone.mask.pixels.any()
+    assert defects.with_any(plain, [plain, plain], drawn(0)) is plain
+
+
+def test_an_item_that_differs_by_rounding_alone_is_plain():
+    pixels = torch.full((1, 32, 32), 0.5)
+    pixels[0, 7, 9] = torch.nextafter(pixels[0, 7, 9], torch.tensor(1.0))
+    almost = sample_of(pixels)
+    for seed in range(10):
+        change = Blob()(almost, almost, drawn(seed)).images["image"].pixels - pixels
+        assert change.abs().max() > 0.01
+    with pytest.raises(ValueError, match="Interpolation changed nothing"):
+        Interpolation()(almost, almost, drawn(0))
+
+
+@every_kind
+@either_axes
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_pixels_that_are_not_finite_are_neither_changed_nor_cut_from(kind, samples, value):
+    wrong = []
+    for sample in samples[:2]:
+        pixels = sample.images["image"].pixels.clone()
+        pixels[:, ::5, ::7] = value
+        valid = sample.images["image"].valid.clone()
+        valid[..., :12] = False  # mostly finite
+        wrong.append(sample.with_image(replace(sample.images["image"], pixels=pixels, valid=valid)))
+    before = wrong[0].images["image"].pixels
+    for seed in range(6):
+        found = kind(size=(0.2, 0.4))(wrong[0], wrong[1], drawn(seed))
+        pixels, mask = found.images["image"].pixels, found.mask.pixels[0] == 1
+        assert pixels.isfinite().equal(before.isfinite())
+        assert mask.any()
+        assert before.isfinite().all(0)[mask].all()
+        assert not mask[..., :12].any()
+        assert found.images["image"].valid.equal(wrong[0].images["image"].valid)
+
+
+def test_an_item_of_nan_alone_is_no_place_for_a_defect():
+    nothing = plain_with(torch.nan)
+    assert not has_valid_pixel(nothing)
+    assert has_valid_pixel(plain_with(0.0))
+    with pytest.raises(ValueError, match="item made has no valid pixel that is finite"):
+        Blob()(nothing, plain_with(0.0), drawn(0))
+
+
+def test_a_blend_that_is_not_found_counts_as_a_kind_that_does_not_fit(monkeypatch):
+    sample, donor = smooth_pictures(3, (64, 48))[1:]
+    monkeypatch.setattr("scipy.sparse.linalg.cg", lambda matrix, wanted, x0, rtol: (x0, 1))
+    with pytest.raises(ValueError, match="Poisson changed nothing"):
+        Poisson()(sample, donor, drawn(0))
+    assert Defects(kinds=("poisson",))(sample, donor, drawn(0)) is sample
+    assert Defects(kinds=("poisson", "blob"))(sample, donor, drawn(0)).mask.pixels.any()
 
 
 def test_lists_from_a_file_mean_the_same():

@@ -184,3 +184,36 @@ def test_nested_models_are_described_by_class_and_arguments():
         "class_path": "medssl.models.timm_encoder.TimmEncoder",
         "init_args": {"name": "test_resnet", "in_channels": 1, "options": {}},
     }
+
+
+class Parts(nn.Module):
+    def __init__(self, encoders, *, weights=None):
+        super().__init__()
+        self.modules_of = nn.ModuleDict(encoders)
+        self.weights = weights
+
+    @property
+    def encoders(self):
+        return dict(self.modules_of)
+
+
+def test_models_in_a_mapping_are_built_again():
+    first, _ = TimmEncoder.example()
+    parts = Parts({"t1": first, "t2": TimmEncoder("test_resnet", in_channels=2)}, weights={"a": 1})
+    described = describe(parts)
+    again = build(described, trust=("medssl", Parts.__module__.split(".")[0]))
+    assert describe(again) == described
+    assert list(again.encoders) == ["t1", "t2"]
+    assert [one.in_channels for one in again.encoders.values()] == [1, 2]
+    assert again.weights == {"a": 1}
+    again.load_state_dict(parts.state_dict())
+
+
+def test_a_model_in_a_mapping_is_of_a_trusted_package():
+    inside = {"class_path": "subprocess.Popen", "init_args": {}}
+    outside = {
+        "class_path": "medssl.models.timm_encoder.TimmEncoder",
+        "init_args": {"name": "test_resnet", "options": {"deep": [inside]}},
+    }
+    with pytest.raises(ModelFolderError, match=r"names subprocess\.Popen; a model may only name"):
+        build(outside)

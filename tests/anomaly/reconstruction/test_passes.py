@@ -10,7 +10,6 @@ from anomaly.reconstruction.passes import (
     MaskedReconstruction,
     StructureError,
     hidden_parts,
-    robust_range,
     scored,
 )
 from anomaly.structure import multi_scale_ssim_map
@@ -147,31 +146,25 @@ def test_an_image_with_nothing_hidden_that_is_valid_has_no_loss():
     assert saying().loss(views)["loss"] == 0
 
 
-def test_the_range_is_that_of_the_percentiles_of_all_valid_values():
-    values = torch.rand(3, 2, 20, 30, generator=torch.Generator().manual_seed(0))
-    valid = torch.ones(20, 30, dtype=torch.bool)
-    valid[:, :10] = False
+def test_the_range_of_the_normals_is_that_of_numpys_percentiles():
+    values = torch.rand(3, 2, 20, 32, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(20, 32, dtype=torch.bool)
+    valid[:, :12] = False
     samples = [picture(each, valid=valid) for each in values]
     for sample in samples:
         sample.images["image"].pixels[:, ~valid] = 99.0
-    expected = np.percentile(values[..., 10:].numpy(), [0.5, 99.5])
-    np.testing.assert_allclose(robust_range(samples), expected, atol=2e-3)
+    low, high = np.percentile(values[..., 12:].double().numpy(), [0.5, 99.5])
+    trained = saying()
+    trained.prepare(samples)
+    assert trained.low_.item() == pytest.approx(low, rel=1e-5)
+    assert trained.data_range_.item() == pytest.approx(high - low, rel=1e-5)
 
 
-def test_many_values_are_thinned_evenly(monkeypatch):
-    monkeypatch.setattr("anomaly.reconstruction.passes._MOST_VALUES", 2000)
-    values = torch.rand(2, 1, 200, 200, generator=torch.Generator().manual_seed(0))
-    low, high = robust_range([picture(each) for each in values])
-    assert low == pytest.approx(0.005, abs=0.005)
-    assert high == pytest.approx(0.995, abs=0.005)
-
-
-def test_normals_without_a_range_are_refused():
-    with pytest.raises(ValueError, match="hold one value, 3,"):
-        robust_range([picture(torch.full((1, 4, 4), 3.0))])
-    nothing = picture(torch.rand(1, 4, 4), valid=torch.zeros(4, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="none of the normal items has a valid pixel"):
-        robust_range([nothing])
+def test_a_nan_that_is_not_marked_is_refused_before_the_training():
+    pixels = torch.rand(1, 4, 4, generator=torch.Generator().manual_seed(0))
+    pixels[0, 1, 2] = torch.nan
+    with pytest.raises(ValueError, match="mark NaN pixels as not valid"):
+        saying().prepare([picture(pixels)])
 
 
 def test_the_error_mixes_structure_and_absolute_difference():
