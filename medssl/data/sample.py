@@ -45,6 +45,11 @@ class Sample:
                 f"{'no cloud' if cloud is None else f'{len(cloud.points)} points'}; give one each"
             )
 
+    @property
+    def subject(self) -> Image | PointCloud:
+        """What the item is: its image, or its free cloud."""
+        return self.images["image"] if self.points is None else self.points
+
     def with_image(self, image: Image, role: str = "image") -> "Sample":
         """The same item with the image of one role replaced."""
         return replace(self, images={**self.images, role: image})
