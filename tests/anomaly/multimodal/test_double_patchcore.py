@@ -1,0 +1,199 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from rgbd_scenes import MeanColor, damaged, noise, peak, scene, without
+
+from anomaly.base import NormalData
+from anomaly.multimodal.colored_fpfh import ColoredFPFH
+from anomaly.multimodal.crossmodal import CrossmodalMapping
+from anomaly.multimodal.double_patchcore import DoublePatchCore
+from anomaly.multimodal.modalities import ColorFeatures, GeometryFeatures
+from medssl.data.preprocess import Preprocessing
+from medssl.data.sample import collate
+from medssl.models.folder import load_model, save_model, selftest_noise
+from pipelines.fit import fit
+
+ROOT = Path(__file__).parents[3]
+
+
+def of(*modalities: str, **arguments: object) -> DoublePatchCore:
+    names = modalities or ("color", "geometry")
+    color = ColorFeatures(MeanColor(), layers=["0"], grid=(8, 6)) if "color" in names else None
+    geometry = GeometryFeatures(grid=(8, 6)) if "geometry" in names else None
+    return DoublePatchCore(color=color, geometry=geometry, **({"sigma": 1.0} | arguments))
+
+
+def normal(count: int = 8, **arguments: object) -> NormalData:
+    return NormalData([scene(i, **arguments) for i in range(count)], batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def detector() -> DoublePatchCore:
+    return of().fit(normal())
+
+
+@pytest.mark.parametrize("roles", [("image",), ("xyz",), ("image", "xyz")])
+def test_a_damaged_cell_has_the_largest_value_in_whatever_modality_it_is_seen(detector, roles):
+    for cell in [(1, 4), (5, 2)]:
+        item = scene(50)
+        found = detector.predict(collate([item, damaged(item, cell, *roles)]))
+        assert peak(found.maps["image"][1]) == cell
+        assert found.score[1] > found.score[0] + 5
+        assert found.missing == ()
+
+
+def test_each_bank_has_its_share_of_its_own_cells():
+    """Half of the cells have no geometry; color's bank must not shrink with that of geometry."""
+    valid = torch.ones(32, 24, dtype=torch.bool)
+    valid[:16] = False
+    fitted = of(coreset_ratio=0.25).fit(normal(xyz_valid=valid))
+    assert len(fitted.color_bank_) == int(0.25 * 6 * 48)  # of six items; two are held out
+    assert len(fitted.geometry_bank_) == int(0.25 * 6 * 24)
+
+
+def test_one_modality_alone_is_its_distance_to_the_nearest_normal_cell():
+    samples = normal()
+    fitted = of("color", coreset_ratio=1.0, sigma=0.0).fit(samples)
+    training, held_out = fitted.fusion.split(samples, seed=0)
+
+    def cells(items: list) -> torch.Tensor:
+        return fitted.color(collate(items)).features.flatten(1, 2).double()
+
+    bank = cells([training[i] for i in range(len(training))]).flatten(0, 1)
+    apart = torch.cdist(cells([held_out[i] for i in range(len(held_out))]), bank).amin(2)
+    normal_scores = apart.amax(1)
+    test = torch.cdist(cells([scene(60), scene(61)]), bank).amin(2).amax(1)
+    expected = (test - normal_scores.mean()) / normal_scores.std()
+    found = fitted.predict(collate([scene(60), scene(61)]))
+    torch.testing.assert_close(found.score.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_no_held_out_item_is_in_a_bank():
+    samples = normal()
+    fitted = of("color", coreset_ratio=1.0).fit(samples)
+    training, held_out = fitted.fusion.split(samples, seed=0)
+    for part, inside in ((training, True), (held_out, False)):
+        cells = fitted.color(collate([part[0]])).features.flatten(0, 2).double()
+        apart = torch.cdist(cells, fitted.color_bank_.double()).amin(1)
+        assert (apart < 1e-6).all().item() == inside
+
+
+@pytest.mark.parametrize(("gone", "left"), [("geometry", "color"), ("color", "geometry")])
+def test_without_a_modality_the_other_alone_counts_and_the_answer_says_so(detector, gone, left):
+    batch = collate([scene(50), damaged(scene(51), (3, 3), "image", "xyz")])
+    bare = collate(
+        [without(s, gone) for s in (scene(50), damaged(scene(51), (3, 3), "image", "xyz"))]
+    )
+    scaled = detector.fusion.standardized(detector._found(batch))[left]
+    found = detector.predict(bare)
+    torch.testing.assert_close(found.score, scaled.score)
+    torch.testing.assert_close(found.maps["image"], scaled.maps)
+    assert found.missing == ((gone,), (gone,))
+
+
+def test_a_hole_in_the_depth_is_judged_by_its_color():
+    valid = torch.ones(32, 24, dtype=torch.bool)
+    valid[8:20, 4:16] = False
+    fitted = of().fit(normal())
+    item = damaged(scene(50, xyz_valid=valid), (3, 2), "image")
+    found = fitted.predict(collate([item]))
+    assert not found.maps["image"].isnan().any()
+    assert peak(found.maps["image"][0]) == (3, 2)
+    assert found.missing == ()
+
+
+def test_an_item_without_a_valid_pixel_scores_nan(detector):
+    nowhere = torch.zeros(32, 24, dtype=torch.bool)
+    found = detector.predict(collate([scene(50, color_valid=nowhere, xyz_valid=nowhere)]))
+    assert found.score.isnan().all()
+    assert found.maps["image"].isnan().all()
+    assert found.missing == (("color", "geometry"),)
+
+
+@pytest.mark.parametrize("rubbish", [torch.nan, 1e6])
+def test_invalid_pixels_influence_no_score(detector, rubbish):
+    valid = torch.ones(32, 24, dtype=torch.bool)
+    valid[:13, :9] = False
+    item = scene(50, color_valid=valid, xyz_valid=valid)
+    spoilt = item
+    for role, image in item.images.items():
+        pixels = torch.where(valid, image.pixels, rubbish)
+        spoilt = spoilt.with_image(replace(image, pixels=pixels), role)
+    clean, found = (detector.predict(collate([one])) for one in (item, spoilt))
+    assert found.score.equal(clean.score)
+    torch.testing.assert_close(
+        found.maps["image"], clean.maps["image"], rtol=0, atol=0, equal_nan=True
+    )
+
+
+def test_geometry_alone_says_that_its_score_is_bounded():
+    assert [of(*names).unbounded for names in ((), ("color",), ("geometry",))] == [
+        True,
+        True,
+        False,
+    ]
+
+
+def test_normal_items_must_have_the_modalities_of_the_detector():
+    bare = NormalData([without(scene(i), "color") for i in range(4)])
+    with pytest.raises(ValueError, match="none of the 3 normal items has color"):
+        of().fit(bare)
+
+
+def test_neither_modality_is_refused():
+    with pytest.raises(ValueError, match="at least one of them"):
+        DoublePatchCore(color=None, geometry=None)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.5])
+def test_a_coreset_ratio_outside_0_to_1_is_refused(ratio):
+    with pytest.raises(ValueError, match=r"coreset_ratio must lie in \(0, 1\]"):
+        of(coreset_ratio=ratio)
+
+
+@pytest.mark.parametrize("kind", [DoublePatchCore, ColoredFPFH, CrossmodalMapping])
+def test_a_saved_detector_scores_the_same_bits(kind, tmp_path):
+    fitted, samples = kind.example()
+    fitted.fit(NormalData(samples[:-2]))
+    save_model(
+        tmp_path / "model",
+        fitted,
+        kind="detector",
+        preprocessing=Preprocessing(size=(64, 48), intensity="percentile"),
+        domain={},
+        card="",
+        noise=selftest_noise(fitted.selftest_shape((3, 64, 48))),
+    )
+    again = load_model(tmp_path / "model").model
+    batch = collate(samples[-2:])
+    assert again.predict(batch).score.equal(fitted.predict(batch).score)
+
+
+def test_the_selftest_shows_noise_in_both_modalities(detector):
+    shape = detector.selftest_shape((3, 32, 24))
+    assert shape == (2, 4, 32, 24)
+    plain = detector.selftest(noise(*shape))
+    for channel in (0, 3):
+        changed = noise(*shape)
+        changed[:, channel] += noise(2, 32, 24, seed=1)
+        assert not detector.selftest(changed).allclose(plain)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        ("double_patchcore_rgbd", DoublePatchCore),
+        ("btf_rgbd", ColoredFPFH),
+        ("crossmodal_rgbd", CrossmodalMapping),
+    ],
+)
+def test_the_configs_give_a_detector_of_color_and_geometry(config, kind):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(fit, skip={"data", "out"}, as_group=False)
+    made = parser.instantiate(parser.parse_path(ROOT / f"configs/fit/{config}.yaml"))
+    assert type(made.detector) is kind
+    assert made.detector.color.grid == made.detector.geometry.grid == [28, 28]
+    assert made.preprocessing.geometry is not None
