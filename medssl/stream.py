@@ -119,7 +119,7 @@ class _ViewsOf(Dataset[tuple[Sample, dict[str, Tensor]]]):
         epoch, index = at
         sample = self.samples[index]
         views = self.views(sample, generator_for(self.seed, epoch, index))
-        return replace(sample, images={}, points=None, mask=None), views
+        return replace(sample, images={}, points=None, point_labels=None, mask=None), views
 
 
 def _side_by_side(rows: Sequence[tuple[Sample, dict[str, Tensor]]]) -> Batch:

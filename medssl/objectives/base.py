@@ -9,5 +9,5 @@ class Objective(Trainable):
     """A `Trainable` that gives an encoder away."""
 
     def export(self) -> dict[str, nn.Module]:
-        """What is kept after training: "image" for every method, "text" where it has one."""
+        """What training leaves: "image", or "points" of clouds; "text" where there is one."""
         raise NotImplementedError
