@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from pipelines import record
 from pipelines.card import recalibrated_card
 from pipelines.console import progress, say
 from pipelines.fitting import calibration_from, check_out, score_normals
-from pipelines.leakage import FILE, History, compare, read_history, traces
+from pipelines.leakage import FILE, History, compare, read_history, traces, without_copies
 from pipelines.normals import normal_items, read_hashes
 from pipelines.score import sites_of
 from pipelines.scoring import Scorer
@@ -117,15 +117,17 @@ class Normals:
         too few of them can be scored, in all or of every site.
         """
         before = replace(history, calibration={})  # what gave a threshold may give another
-        hashes = read_hashes(self.manifest, self.items, "reading calibration normals", self.errors)
+        hashes = read_hashes(self.items, "reading calibration normals", self.errors)
         usable = [item for item in self.items if item.item in hashes]
         overlap = compare(usable, hashes, before)
         overlap.tell_doubts()
         overlap.refuse("calibration normals", "leave them out with --select, or give others")
+        usable = without_copies(usable, hashes, self.errors)
         self._check_enough(len(usable))
         with progress(len(usable), "calibrating") as bar:
             found = score_normals(scorer, self.manifest, usable, bar, self.errors)
         self._check_enough(len(found))
+        self._tell_without_site([one.item.item for one in found])
         calibration = calibration_from(
             found,
             rate=self.rate,
@@ -140,6 +142,16 @@ class Normals:
                 "together"
             )
         return calibration, replace(history, calibration=traces([s.item for s in found], hashes))
+
+    def _tell_without_site(self, names: Sequence[str]) -> None:
+        if self.sites is None:
+            return
+        count = sum(name not in self.sites for name in names)
+        if count:
+            say(
+                f"{count} of {len(names)} calibration normals have no {self.column} in the table, "
+                "and count for none; add their rows"
+            )
 
     def _check_enough(self, count: int) -> None:
         needed = required_normals(self.rate)
@@ -193,10 +205,13 @@ def tell(result: Mapping[str, Any]) -> None:
 
 
 def _write(folder: Path, out: Path, calibration: Calibration, history: History) -> None:
-    """A copy of the model's folder with another calibration; whole or not at all."""
+    """A copy of the model's files with another calibration; whole or not at all."""
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        copy = shutil.copytree(folder, work / "model")
+        copy = work / "model"
+        copy.mkdir()
+        for file in filter(Path.is_file, folder.iterdir()):
+            shutil.copyfile(file, copy / file.name)  # without its mode: it may be read only
         card = copy / "card.md"
         card.write_text(recalibrated_card(card.read_text(), calibration))
         (copy / "calibration.json").write_text(json.dumps(calibration.to_dict(), indent=1))

@@ -40,13 +40,12 @@ def detector_card(
         f"- {num_fitted} normal items of {num_groups} patients or parts, {origin}",
         *_domain_lines(domain),
         "",
-        "An item unlike these is refused: another modality, axes or number of channels, or a "
-        "spacing or size more than a factor of two beyond the range.",
+        _refused(domain),
         "",
         *_note_lines(detector.notes),
         "## Preprocessing",
         "",
-        *(f"- {name}: {value}" for name, value in preprocessing.to_dict().items() if value),
+        *_preprocessing_lines(preprocessing),
         "",
         _CALIBRATION,
         "",
@@ -94,12 +93,25 @@ def _note_lines(notes: Mapping[str, Any]) -> list[str]:
     return ["## Chosen in the fit, without labels", "", *lines, ""]
 
 
+def _preprocessing_lines(preprocessing: Preprocessing) -> list[str]:
+    """What was set; of clouds alone nothing that belongs to pictures."""
+    told = preprocessing.to_dict()
+    names = told if preprocessing.size is not None else ["geometry"]
+    return [f"- {name}: {told[name]}" for name in names if told[name]]
+
+
 def _named(encoder: Encoder) -> str:
     name = getattr(encoder, "name", None)
     return f"{type(encoder).__name__} ({name})" if name else type(encoder).__name__
 
 
 def _domain_lines(domain: Mapping[str, Any]) -> list[str]:
+    if domain["axes"] == "points":
+        return [
+            f"- free point clouds in the unit: {', '.join(domain['unit'])}",
+            f"- number of points: {_range(domain['num_points'])}",
+            f"- extent in that unit: {_range(domain['extent'])}",
+        ]
     lines = [
         f"- modality: {', '.join(domain['modality'])}",
         f"- axes: {domain['axes']}, channels: {', '.join(map(str, domain['channels']))}",
@@ -107,7 +119,23 @@ def _domain_lines(domain: Mapping[str, Any]) -> list[str]:
     ]
     if domain["spacing_mm"] is not None:
         lines.append(f"- spacing in mm: {_range(domain['spacing_mm'])}")
+    if "units" in domain:
+        lines.append(f"- unit: {', '.join(domain['units'])}")
+    if "xyz" in domain:
+        lines += ["", "and xyz beside the picture:", "", *_domain_lines(domain["xyz"])]
     return lines
+
+
+def _refused(domain: Mapping[str, Any]) -> str:
+    if domain["axes"] == "points":
+        return (
+            "An item unlike these is refused: another unit, or a number of points or an extent "
+            "more than a factor of two beyond the range."
+        )
+    return (
+        "An item unlike these is refused: another modality, axes or number of channels, or a "
+        "spacing or size more than a factor of two beyond the range."
+    )
 
 
 def _range(seen: Mapping[str, Sequence[float]]) -> str:

@@ -24,7 +24,8 @@ from pipelines.journal import write_whole
 from pipelines.map_metrics import Draws, ScoredMaps, with_truth
 from pipelines.record import recorded
 from pipelines.report.page import METRICS
-from pipelines.tables import Row
+from pipelines.score import refuse_model_folder
+from pipelines.tables import Row, why_no_verdict
 
 REPEATS = 1000
 _MOST_NAMED = 20
@@ -55,7 +56,8 @@ def compare(
     is hard for both does not blur the difference. Every difference is A minus B.
 
     Only items of the split "test" count where the data has splits, else all with a label. One that
-    has a score in but one table is named and left out, and the exit code is 1.
+    has a score in but one table, or was another file in each, is named and left out, and the exit
+    code is 1.
 
     Args:
         a: a folder that `medssl score` or `medssl evaluate` filled, or the scores.parquet in it.
@@ -66,6 +68,8 @@ def compare(
         seed: seeds the bootstrap.
     """
     arguments = dict(locals())
+    if out is not None:
+        refuse_model_folder(out)
     judged = judged_part(build_manifest(data, groups=groups))
     tables = (read_scores(a), read_scores(b))
     items, left_out = matched(judged, tables)
@@ -111,24 +115,29 @@ def read_scores(path: Path) -> Scores:
 def matched(
     manifest: Manifest, tables: Sequence[Scores]
 ) -> tuple[list[Item], list[dict[str, str]]]:
-    """The images with a score in both tables; and those in one table alone, each with the reason.
+    """The images with a score in both tables; and those that do not pair, each with the reason.
 
     Raises ValueError where fewer than two images are in both.
     """
     items, left_out = [], []
     for item in manifest.images:
-        states = [_state(scores.rows.get(item.item)) for scores in tables]
+        rows = [scores.rows.get(item.item) for scores in tables]
+        states = [_state(row) for row in rows]
         if all(state == "scored" for state in states):
-            items.append(item)
+            if _one_file(rows):
+                items.append(item)
+            else:
+                reason = "A and B scored different files under this name"
+                left_out.append({"item": item.item, "reason": reason})
         elif any(state != "absent" for state in states):
             reason = ", ".join(f"{name}: {state}" for name, state in zip("AB", states, strict=True))
             left_out.append({"item": item.item, "reason": reason})
     if len(items) < 2:
         sizes = " and ".join(str(len(scores.rows)) for scores in tables)
         raise ValueError(
-            f"{len(items)} of the {len(manifest.images)} labelled images have a score in both "
-            f"tables, of {sizes} rows, and a comparison takes two; score the same images with both "
-            "models, and give these images as --data"
+            f"{len(items)} of the {len(manifest.images)} labelled images have a score of one file "
+            f"in both tables, of {sizes} rows, and a comparison takes two; score the same images "
+            "with both models, and give these images as --data"
         )
     return items, left_out
 
@@ -158,7 +167,12 @@ def differences(
         found |= _paired(name, metric, scores, labels, draws, found["skipped"])
     above = [[row["anomalous"] for row in one] for one in rows]
     if any(None in one for one in above):
-        found["skipped"] |= dict.fromkeys(_OF_VERDICTS, "a model is not calibrated")
+        reason = " and ".join(
+            f"{name}: {why_no_verdict(one)}"
+            for name, one, verdicts in zip("AB", rows, above, strict=True)
+            if None in verdicts
+        )
+        found["skipped"] |= dict.fromkeys(_OF_VERDICTS, reason)
     else:
         flags = [torch.tensor(one) for one in above]
         for name, metric in _OF_VERDICTS.items():
@@ -170,6 +184,12 @@ def _state(row: Row | None) -> str:
     if row is None:
         return "absent"
     return "scored" if row["status"] == "ok" else row["status"]
+
+
+def _one_file(rows: Sequence[Row | None]) -> bool:
+    """Whether the tables scored the same bytes; those that do not tell may have."""
+    files = {row.get("file_sha256") for row in rows if row is not None} - {None}
+    return len(files) < 2
 
 
 def _paired(

@@ -14,7 +14,7 @@ from pipelines.console import say
 from pipelines.journal import write_whole
 from pipelines.leakage import overlap_with
 from pipelines.record import resolve
-from pipelines.score import Row, read_rows, score_again, sites_of
+from pipelines.score import Row, read_rows, refuse_model_folder, score_again, sites_of
 from pipelines.scoring import check_ranks_anomalies, read_calibration
 
 _WHY = {
@@ -32,6 +32,7 @@ def drift(
     *,
     alpha: float = 0.01,
     select: str | None = None,
+    groups: str | None = None,
     site: str | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -54,6 +55,7 @@ def drift(
         out: folder for the scores, or one that `medssl score` filled; drift.json is added.
         alpha: the chance of calling it drift when there is none, in (0, 1).
         select: only items for which this expression over manifest columns holds.
+        groups: FILE:COLUMN that names each picture's patient or part.
         site: FILE:COLUMN that names the site of each item, as for `medssl score`; each site is
             checked by itself, with its share of alpha.
         device: "auto", "cpu", "cuda" or "cuda:1".
@@ -62,13 +64,19 @@ def drift(
     check_ranks_anomalies(folder)
     calibration = read_calibration(folder)
     if calibration is None or not calibration.scores:
-        raise ValueError("the model was not calibrated, so there is nothing to compare with")
+        raise ValueError(
+            "the model was not calibrated, so there is nothing to compare with; calibrate it with "
+            "medssl calibrate"
+        )
+    refuse_model_folder(out)
     if _is_scores(path):
-        if select is not None or site is not None:
-            raise ValueError("a table of scores takes no --select and no --site; it is what it is")
+        if (select, groups, site) != (None, None, None):
+            raise ValueError(
+                "a table of scores takes no --select, no --groups and no --site; it is what it is"
+            )
         rows = _table(path, digest(folder))
     else:
-        manifest = build_manifest(path)
+        manifest = build_manifest(path, groups=groups)
         chosen = manifest if select is None else manifest.select(select)
         sites = None if site is None else sites_of(manifest, site, path)
         rows = _scored(chosen, folder, out, sites, device)

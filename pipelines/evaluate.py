@@ -16,11 +16,19 @@ from medssl.metrics import OneClassError, auroc, average_precision, bootstrap, f
 from pipelines.console import say, table
 from pipelines.journal import write_whole
 from pipelines.leakage import demand_new, overlap_with
-from pipelines.map_metrics import Draws, ScoredMaps, map_metrics, map_thresholds, with_truth
+from pipelines.map_metrics import (
+    Draws,
+    ScoredMaps,
+    map_metrics,
+    map_thresholds,
+    point_metrics,
+    with_truth,
+)
 from pipelines.record import recorded, resolve
 from pipelines.report.page import METRICS, write_report
 from pipelines.score import Row, labels_of, read_rows, score_again, sites_of
 from pipelines.scoring import check_ranks_anomalies, read_calibration
+from pipelines.tables import why_no_verdict
 
 REPEATS = 1000
 _WILSON = "Wilson's 95 % interval"
@@ -156,11 +164,7 @@ def _image_metrics(
         return {}
     above = [row["anomalous"] for row in scored]
     if None in above:
-        skipped["image_f1"] = (
-            "the model is not calibrated"
-            if all(verdict is None for verdict in above)
-            else "some items are of a site without a threshold"
-        )
+        skipped["image_f1"] = why_no_verdict(scored)
     else:
         found["image_f1"] = draw(f1, torch.tensor(above), labels).to_dict()
     return found
@@ -185,7 +189,7 @@ def _rates(
         if not chosen:
             skipped[name] = f"there is no {'anomalous' if label else 'normal'} item"
         elif not above:
-            skipped[name] = "the model is not calibrated"
+            skipped[name] = why_no_verdict([scored[place] for place in chosen])
         else:
             found[name] = _rate(above, [groups[place] for place in with_verdict], seed)
     return found
@@ -221,8 +225,10 @@ def _map_metrics(
         skipped["pixel metrics"] = reason
         return {}
     chosen = [(items[place], scored[place]) for place in places]
-    thresholds = map_thresholds(calibration, [row for _, row in chosen])
     maps = ScoredMaps(manifest, chosen, out)
+    if any(item.kind == "points" for item, _ in chosen):
+        return point_metrics(maps, draws.of(places), skipped)
+    thresholds = map_thresholds(calibration, [row for _, row in chosen])
     return map_metrics(maps, thresholds, draws.of(places), skipped)
 
 

@@ -27,11 +27,12 @@ from pipelines.fitting import (
     own_device,
     remove_work,
 )
-from pipelines.leakage import FILE, History, Overlap, compare, demand_new, traces
+from pipelines.leakage import FILE, History, Overlap, compare, demand_new, traces, without_copies
 from pipelines.normals import Goal, Plan, account, make_plan, normal_items, read_hashes
 
 _METRICS = ("num_fitted", "num_calibration", "threshold", "map_threshold", "failed", "seconds")
 _MOST_NAMED = 20
+_NOISE_POINTS = 500  # of the self-test of a detector on clouds
 _STOPPED = "stopped as asked, and saved; --resume goes on from here"
 
 
@@ -157,6 +158,7 @@ def _recorded(arguments: Mapping[str, Any], work: Fitting, asked: _Asked) -> dic
 def choose_preprocessing(detector: Detector, given: Preprocessing | None) -> Preprocessing:
     """The preprocessing that was given, or the one the detector's encoder was trained with.
 
+    An encoder of pictures does not say what to do with geometry; that may be added.
     Raises ValueError where there is neither, and where they differ.
     """
     encoders = (module for module in detector.modules() if isinstance(module, Encoder))
@@ -164,14 +166,17 @@ def choose_preprocessing(detector: Detector, given: Preprocessing | None) -> Pre
     if given is None and own is None:
         raise ValueError(
             "no preprocessing: this encoder does not say what it was trained with; give at least "
-            "--preprocessing.size and --preprocessing.intensity"
+            "--preprocessing.size and --preprocessing.intensity, of points --preprocessing.geometry"
         )
-    if given is not None and own is not None and given != own:
+    differences = []
+    if given is not None and own is not None:
         differences = [
             f"{name} {getattr(given, name)} against {getattr(own, name)}"
             for name in (entry.name for entry in fields(given))
             if getattr(given, name) != getattr(own, name)
+            and not (name == "geometry" and own.geometry is None)
         ]
+    if differences:
         raise ValueError(
             "the given preprocessing differs from the encoder's own: "
             f"{'; '.join(differences)}. Leave it out to take the encoder's"
@@ -248,7 +253,7 @@ def _planned(work: Fitting, asked: _Asked) -> tuple[Plan, Mapping[str, str], Ove
     else:
         hashes = _read_apart(work, asked.apart)
         usable = [item for item in normal_items(asked.apart) if item.item in hashes]
-        plan = Plan(fitted=work.items, scored=usable)
+        plan = Plan(fitted=work.items, scored=without_copies(usable, hashes, work.errors))
     asked.goal.check(_missing(work, asked, plan, len(plan.calibrating)))
     return plan, hashes, overlap
 
@@ -272,7 +277,7 @@ def _read_apart(work: Fitting, manifest: Manifest) -> dict[str, str]:
     Raises LeakageError where the detector will have seen one.
     """
     normals = normal_items(manifest)
-    hashes = read_hashes(manifest, normals, "reading calibration normals", work.errors)
+    hashes = read_hashes(normals, "reading calibration normals", work.errors)
     usable = [item for item in normals if item.item in hashes]
     found = compare(usable, hashes, _read_so_far(work))
     found.refuse("calibration normals", "take them out of one of the two")
@@ -303,7 +308,8 @@ def _fitted(work: Fitting, plan: Plan, manifest: Manifest) -> list[NormalScore]:
 
 
 def _save(work: Fitting, calibration: Calibration, history: History) -> None:
-    image = work.samples[work.samples.items.index(work.items[0])].images["image"]
+    first = work.samples[work.samples.items.index(work.items[0])]
+    shape = first.images["image"].pixels.shape if first.points is None else (_NOISE_POINTS, 3)
     save_model(
         work.out,
         work.detector,
@@ -319,7 +325,7 @@ def _save(work: Fitting, calibration: Calibration, history: History) -> None:
             num_groups=history.num_groups,
             origin=f"seed {work.seed}",
         ),
-        noise=selftest_noise(work.detector.selftest_shape(image.pixels.shape)),
+        noise=selftest_noise(work.detector.selftest_shape(shape)),
         files={"calibration.json": calibration.to_dict(), FILE: history.to_dict()},
     )
 

@@ -18,11 +18,11 @@ from torch.utils.data import Subset
 
 from anomaly.base import Detector, NormalData
 from anomaly.calibration import Calibration, Method
-from anomaly.learning import LearnedDetector, device_of
+from anomaly.learning import LearnedDetector, device_of, frozen_digest
 from anomaly.tails import MapTail
-from medssl.data.dataset import PreparedSamples
-from medssl.data.domain import learn_domain
-from medssl.data.image import Image
+from medssl.data.cache import DecodedCache
+from medssl.data.dataset import PreparedSamples, looked_at
+from medssl.data.domain import domain_of
 from medssl.data.manifest import Item, Manifest, NoDataError, load_sample
 from medssl.data.preprocess import Preprocessing
 from medssl.data.readers.errors import ReadError
@@ -30,6 +30,7 @@ from medssl.data.sample import Sample
 from medssl.distributed import join, leave, processes, rank, sum_of_all
 from medssl.models.encoder import seen_by_encoders
 from medssl.models.folder import describe
+from pipelines.clouds import PointMap, in_own_unit
 from pipelines.console import Progress, progress
 from pipelines.device import choose_device
 from pipelines.journal import Journal
@@ -93,14 +94,14 @@ class Fitting:
     def read(self) -> None:
         """Read every normal once; raises NoDataError where none can be used."""
         with self.timed("read"), progress(len(self.samples), "reading") as bar:
-            images = self._images(bar)
-            first = next(images, None)
+            samples = self._usable(bar)
+            first = next(samples, None)
             if first is None:
                 raise NoDataError(
                     f"none of the {len(self.samples)} normal images can be used; "
                     f"the first: {self.errors[0]['reason']}"
                 )
-            self.domain = learn_domain(chain([first], images))
+            self.domain = domain_of(chain([first], samples))
         self.samples.on_read = None  # what did not fit into memory is read again, and not watched
         self.samples.hashes = False
 
@@ -135,6 +136,8 @@ class Fitting:
     def _place(self, items: Sequence[Item], name: str) -> Iterator[Path]:
         """A folder for one fit: that of its checkpoints where it has such, else for its duration.
 
+        A training asks for its normals again and again, and in any order; beside the checkpoints
+        lie those, prepared, that memory does not hold.
         Raises ValueError where it holds checkpoints of other normals or another detector.
         """
         if not learns(self.detector):
@@ -146,6 +149,7 @@ class Fitting:
         if rank() == 0:
             Journal(place, self._identity(items))
         (place / "fit").mkdir(parents=True, exist_ok=True)
+        self.samples.cache = DecodedCache(work_name(self.out) / "prepared")
         yield place / "fit"
 
     def _identity(self, items: Sequence[Item]) -> dict[str, Any]:
@@ -154,20 +158,24 @@ class Fitting:
             "normals": _short([(item.item, self.hashes[item.item]) for item in items]),
             "preprocessing": _short(self.preprocessing.to_dict()),
             "detector": _short(describe(self.detector)),
+            "encoder weights": frozen_digest(self.detector),
             "seed": self.seed,
         }
 
-    def _images(self, bar: Progress) -> Iterator[Image]:
-        """The usable normals as they are read."""
+    def _usable(self, bar: Progress) -> Iterator[Sample]:
+        """The usable normals as they are read, their geometry in the unit of the preprocessing."""
+        both = any(self.samples.manifest.xyz_of(item) for item in self.samples.items)
         for row, item in enumerate(self.samples.items):
             try:
-                image = self.samples[row].images["image"]
-                check_axes(image, self.detector)
+                if both and self.samples.manifest.xyz_of(item) is None:
+                    raise ValueError("a picture with xyz beside it is needed, as others have")
+                check_axes(self.samples[row], self.detector)
+                sample = in_own_unit(self._raw[-1], self.preprocessing)
             except Exception as error:  # one bad file never ends a batch job
                 self.errors.append(left_out(item, error))
             else:
                 self.items.append(item)
-                yield self._raw[-1].images["image"]
+                yield sample
             self._raw.clear()
             bar.advance(1)
 
@@ -180,12 +188,17 @@ def score_normals(
     errors: list[dict[str, str]],
 ) -> list[NormalScore]:
     """Score each item that can be scored; the others are added to `errors`."""
+    manifest = looked_at(manifest, scorer.preprocessing)
     found = []
     for item in items:
         try:
             scored = scorer.score([load_sample(manifest, item)])[0]
+            if scored.missing:
+                raise ValueError(f"{' and '.join(scored.missing)} missing; it calibrates nothing")
             assert scored.map is not None  # a detector's
-            tail = MapTail.of(scored.map.pixels)
+            found_map = scored.map
+            one = found_map.values if isinstance(found_map, PointMap) else found_map.pixels
+            tail = MapTail.of(one)
         except (ReadError, ValueError) as error:
             errors.append(left_out(item, error))
         else:
@@ -248,14 +261,18 @@ def wait_for_all() -> None:
     sum_of_all(torch.zeros(1))
 
 
-def check_axes(image: Image, detector: Detector) -> None:
-    """Raises ValueError for an image that the detector does not take."""
-    if image.axes != detector.axes:
-        advice = "; wrap it in anomaly.slicewise.Slicewise" if image.axes == "DHW" else ""
-        raise ValueError(
-            f"{type(detector).__name__} takes images with axes {detector.axes}, "
-            f"this one has {image.axes}{advice}"
-        )
+def check_axes(sample: Sample, detector: Detector) -> None:
+    """Raises ValueError for an item that the detector does not take."""
+    axes = "points" if sample.points is not None else sample.images["image"].axes
+    if axes == detector.axes:
+        return
+    name = type(detector).__name__
+    if "points" in (axes, detector.axes):
+        kinds = {True: "free point clouds", False: "images"}
+        taken, given = kinds[detector.axes == "points"], kinds[axes == "points"]
+        raise ValueError(f"{name} takes {taken}, and this item is one of {given}")
+    advice = "; wrap it in anomaly.slicewise.Slicewise" if axes == "DHW" else ""
+    raise ValueError(f"{name} takes images with axes {detector.axes}, this one has {axes}{advice}")
 
 
 def check_out(out: Path) -> None:

@@ -154,6 +154,25 @@ def demand_new(found: Overlap, what: str, *, allow_seen: bool) -> None:
         found.refuse(what, "leave them out with --select, or go on with --allow-seen")
 
 
+def without_copies(
+    items: Sequence[Item], hashes: Mapping[str, str], errors: list[dict[str, str]]
+) -> list[Item]:
+    """One of each picture, the first; what has the same pixels is added to `errors`.
+
+    A promise of a false-alarm rate counts pictures, and a second copy is none.
+    """
+    first: dict[str, str] = {}
+    kept = []
+    for item in items:
+        earlier = first.setdefault(hashes[item.item], item.item)
+        if earlier == item.item:
+            kept.append(item)
+        else:
+            reason = f"the same pixels as item {earlier}, which counts once"
+            errors.append({"item": item.item, "reason": reason})
+    return kept
+
+
 def traces(items: Iterable[Item], hashes: Mapping[str, str]) -> dict[str, Trace]:
     """What is kept of these images; hashes: pixel hash by item id."""
     return {
@@ -213,7 +232,7 @@ def overlap_with(model_folder: Path, manifest: Manifest) -> Overlap:
     if history == History():
         say("the model does not tell what it was fitted on, so nothing is compared with that")
         return Overlap()
-    hashes = read_hashes(manifest, manifest.images, "comparing with what the model saw", errors=[])
+    hashes = read_hashes(manifest.images, "comparing with what the model saw", errors=[])
     found = compare(manifest.images, hashes, history)
     found.tell_doubts()
     return found

@@ -17,7 +17,8 @@ from medssl.data.geometry import resample
 from medssl.data.manifest import Item, Manifest, load_sample
 from medssl.data.readers.any import read_image
 from medssl.metrics import Interval, OneClassError, bootstrap
-from pipelines.tables import Row
+from pipelines.clouds import read_values
+from pipelines.tables import Row, why_no_verdict
 
 KEPT_PIXELS = 1 << 28
 """Pixels of maps that are kept in memory, some 1.3 GB; those past them are read in each pass."""
@@ -132,14 +133,27 @@ def map_metrics(
         found |= _try("dice", skipped, lambda: _dice(overlaps, draws))
         found |= _try("lesion_recall", skipped, lambda: _lesions(findings, draws))
     else:
-        skipped["dice"] = "the model is not calibrated"
-        skipped["lesion_recall"] = "the model is not calibrated"
+        reason = why_no_verdict([row for _, row in maps.chosen])
+        skipped |= dict.fromkeys(("dice", "lesion_recall"), reason)
     found |= _try("aupimo", skipped, lambda: _aupimo(maps, draws))
     found |= _try("froc_mean_recall", skipped, lambda: _froc(maps, pixels, draws))
     return {
         name: value.to_dict() if isinstance(value, Interval) else value
         for name, value in found.items()
     }
+
+
+def point_metrics(maps: ScoredMaps, draws: Draws, skipped: dict[str, str]) -> dict[str, Any]:
+    """Every metric of the points of free clouds; those that are missing are in `skipped`."""
+    try:
+        points = pixel_scores(maps, sum(values.numel() for values in maps.maps))
+        found = points.intervals(draws.groups, repeats=draws.repeats, seed=draws.seed)
+    except OneClassError as error:
+        skipped["point metrics"] = str(error)
+        return {}
+    skipped["AUPRO, AUPIMO, Dice and FROC"] = "points lie on no grid on which regions touch"
+    names = ("auroc", "average_precision")
+    return {f"point_{name}": found[f"pixel_{name}"].to_dict() for name in names}
 
 
 def map_thresholds(calibration: Calibration | None, rows: Sequence[Row]) -> list[float | None]:
@@ -207,10 +221,13 @@ def _froc(
 
 
 def _read(manifest: Manifest, item: Item, row: Row, folder: Path) -> tuple[Tensor, Tensor | None]:
-    values = read_image(folder / row["map_path"]).pixels[0]
+    file = folder / row["map_path"]
+    values = read_values(file) if item.kind == "points" else read_image(file).pixels[0]
     if manifest.mask_of(item) is None:
         return values, None
     sample = load_sample(manifest, item)
+    if item.kind == "points":
+        return values, sample.point_labels
     assert sample.mask is not None
     marked = resample(sample.mask, to=sample.images["image"], mode="nearest", outside=0.0)
     return values, marked.pixels[0].reshape(values.shape) > 0.5

@@ -1,13 +1,13 @@
 """Which images are normal and can be read, and which are fitted on, held out or folded."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import get_args
 
 import torch
 
 from anomaly.calibration import Method, required_normals
-from medssl.data.manifest import Item, Manifest, NoDataError, load_sample
+from medssl.data.manifest import Item, Manifest, NoDataError, read_item
 from medssl.data.seen import Seen
 from medssl.data.split import folds_by_group, split_by_group
 from pipelines.console import progress
@@ -41,24 +41,23 @@ def normal_items(
     return [normals[index] for index in chosen.sort().values.tolist()]
 
 
-def read_hashes(
-    manifest: Manifest, items: Sequence[Item], what: str, errors: list[dict[str, str]]
-) -> dict[str, str]:
+def read_hashes(items: Sequence[Item], what: str, errors: list[dict[str, str]]) -> dict[str, str]:
     """Pixel hash by item, as the manifest knows it, else read; what cannot be is added to `errors`.
+
+    Masks, xyz and their faults are not looked at.
 
     what: the work in a few words, for the progress.
     """
     hashes = {item.item: item.pixel_sha256 for item in items if item.pixel_sha256 is not None}
-    bare = replace(manifest, items=manifest.images)  # masks and their faults are not looked at
     with progress(len(items), what) as bar:
         bar.advance(len(hashes))
         for item in (item for item in items if item.pixel_sha256 is None):
             try:
-                image = load_sample(bare, item, hashes=True).images["image"]
+                found = read_item(item, hashes=True)
             except Exception as error:  # one bad file never ends a batch job
                 errors.append(left_out(item, error))
             else:
-                hashes[item.item] = image.provenance["pixel_sha256"]
+                hashes[item.item] = found.provenance["pixel_sha256"]
             bar.advance(1)
     return hashes
 
@@ -68,7 +67,7 @@ def left_out(item: Item, error: Exception) -> dict[str, str]:
     ours = type(error).__module__.split(".")[0] in ("medssl", "anomaly", "pipelines")
     known = ours or isinstance(error, ValueError)
     reason = str(error) if known else f"reading failed with {type(error).__name__}"
-    return {"item": item.item, "reason": reason}
+    return {"item": item.item, "reason": reason.removeprefix(f"item {item.item}: ")}
 
 
 def account(manifest: Manifest, normals: Sequence[Item]) -> str:
@@ -216,6 +215,9 @@ def _folds(
 
 
 def _unseen(items: Sequence[Item], fitted: Sequence[Item], hashes: Mapping[str, str]) -> list[Item]:
-    """Without copies of fitted pictures: their scores would be too low."""
+    """Without copies of fitted pictures, whose scores would be too low, and each picture once."""
     seen = {hashes[item.item] for item in fitted}
-    return [item for item in items if hashes[item.item] not in seen]
+    first = {hashes[item.item]: item for item in reversed(items)}
+    return [
+        item for item in items if hashes[item.item] not in seen and first[hashes[item.item]] is item
+    ]

@@ -1,4 +1,4 @@
-"""Unlabelled images -> an encoder folder."""
+"""Unlabelled images or point clouds -> an encoder folder."""
 
 import shutil
 import tempfile
@@ -10,8 +10,7 @@ from torch.utils.data import Subset
 
 from medssl.data.cache import DecodedCache
 from medssl.data.dataset import PreparedSamples
-from medssl.data.domain import learn_domain
-from medssl.data.image import Image
+from medssl.data.domain import domain_of
 from medssl.data.manifest import Item, Manifest, NoDataError, build_manifest
 from medssl.data.preprocess import Preprocessing
 from medssl.data.readers.errors import ReadError
@@ -45,17 +44,17 @@ def pretrain(
     sharded: bool = False,
     cache: Path | None = None,
 ) -> dict[str, Any]:
-    """Pretrain an encoder on unlabelled images and save it as an encoder folder.
+    """Pretrain an encoder on unlabelled images or clouds and save it as an encoder folder.
 
-    Every image that is not of the split "test" is used; labels are not looked at. Checkpoints lie
-    in OUT.work until the encoder is saved. On several GPUs: torchrun --nproc-per-node 4 --no-python
-    medssl pretrain ...; the batch is shared among them.
+    Every image or cloud that is not of the split "test" is used; labels are not looked at.
+    Checkpoints lie in OUT.work until the encoder is saved. On several GPUs: torchrun
+    --nproc-per-node 4 --no-python medssl pretrain ...; the batch is shared among them.
 
     Args:
         data: a folder, a file, or a manifest.
         objective: the method, with the encoder that it trains.
         out: the encoder folder; must not exist, unless with --resume.
-        preprocessing: what every image goes through; saved with the encoder.
+        preprocessing: what every image or cloud goes through; saved with the encoder.
         plan: how long and how fast, in samples seen.
         groups: FILE:COLUMN that names the patient or part of each picture.
         select: an expression over manifest columns; only these images are used.
@@ -144,13 +143,14 @@ def _save(
     """The encoder folder, with further networks in folders of their own inside; whole or not at
     all."""
     networks = {name: network.cpu() for name, network in objective.export().items()}
-    encoder = networks.pop("image")
+    encoder = networks.pop("points" if "points" in networks else "image")
     assert isinstance(encoder, Encoder)
     encoder.preprocessing = preprocessing
     same: dict[str, Any] = {"preprocessing": preprocessing, "domain": domain, "card": card}
     whole = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)) / "encoder"
     try:
-        noise = selftest_noise(encoder.selftest_shape(preprocessing.picture_size))
+        size = preprocessing.picture_size if encoder.axes != "points" else ()
+        noise = selftest_noise(encoder.selftest_shape(size))
         files = {"seen.json": seen.to_dict()}
         save_model(whole, encoder, kind="encoder", noise=noise, files=files, **same)
         for name, network in networks.items():
@@ -208,7 +208,8 @@ def _work_folder(out: Path) -> Path:
 
 def _check_encoder(objective: Objective, preprocessing: Preprocessing) -> None:
     """An encoder that was trained before knows its preprocessing, and it must not change."""
-    known = getattr(objective.export()["image"], "preprocessing", None)
+    exported = objective.export()
+    known = getattr(exported.get("points", exported.get("image")), "preprocessing", None)
     if known is not None and known != preprocessing:
         raise ValueError(
             f"the encoder was trained with {known} and this run asks for {preprocessing}; "
@@ -242,7 +243,7 @@ def _readable(samples: PreparedSamples) -> tuple[list[int], dict[str, Any]]:
     rows: list[int] = []
     raw: list[Sample] = []
 
-    def images() -> Iterator[Image]:
+    def read() -> Iterator[Sample]:
         for row in range(len(samples)):
             bar.advance(1)
             try:
@@ -253,13 +254,13 @@ def _readable(samples: PreparedSamples) -> tuple[list[int], dict[str, Any]]:
                 say(f"left out: item {samples.items[row].item}: {error}")
             else:
                 rows.append(row)
-                yield raw[-1].images["image"]
+                yield raw[-1]
             raw.clear()
 
     samples.on_read = raw.append
     with progress(len(samples), "reading") as bar:
         try:
-            domain = learn_domain(images())
+            domain = domain_of(read())
         except ValueError:
             if not rows:
                 raise NoDataError(f"none of the {len(samples)} images can be read") from None
@@ -292,8 +293,8 @@ def _card(
     statistics = "\n".join(f"- {name}: {value:.4g}" for name, value in result["statistics"].items())
     return (
         f"# Encoder pretrained with {type(objective).__name__}\n\n"
-        f"{result['images']} images (manifest {manifest.digest}), {plan.total_samples} samples "
-        f"seen, no label used.\n\n"
+        f"{result['images']} images or clouds (manifest {manifest.digest}), "
+        f"{plan.total_samples} samples seen, no label used.\n\n"
         f"Collapse watch: {result['verdict'] or 'healthy'}\n\n"
         f"Running means at the end:\n\n{statistics}\n"
     )

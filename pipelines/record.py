@@ -387,7 +387,8 @@ def _signature() -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types.schema import ColSpec, Schema
 
-    given = [("binary", "content"), ("string", "path"), ("string", "site")]
+    names = ("path", "site", "unit")
+    given = [("binary", "content"), *(("string", name) for name in names)]
     told = [
         *(("double", "score"), ("double", "p_value"), ("double", "threshold")),
         *(("boolean", "anomalous"), ("string", "status"), ("string", "error")),

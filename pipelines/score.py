@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from medssl.data.dataset import looked_at
 from medssl.data.groups import read_column
 from medssl.data.image import Image
 from medssl.data.manifest import Item, Manifest, NoDataError, build_manifest, load_sample
@@ -20,10 +21,12 @@ from medssl.data.sample import Sample
 from medssl.data.writers.nifti import write_nifti
 from medssl.data.writers.picture import write_tiff
 from medssl.models.folder import digest
+from pipelines.clouds import PointMap
 from pipelines.console import progress, say
 from pipelines.journal import Journal, alone, read_header
 from pipelines.record import resolve
-from pipelines.report.overlay import view
+from pipelines.report.cloud_view import view_of_cloud
+from pipelines.report.overlay import View, view
 from pipelines.report.page import predicted_counts, write_overlays, write_report
 from pipelines.scoring import (
     OutsideDomainError,
@@ -43,6 +46,9 @@ from pipelines.tables import (
 
 Row = dict[str, Any]
 _MOST_NAMED = 20
+MODALITY_COLUMNS = ["missing", "no_verdict"]
+"""What the tables of a model on pictures with xyz say besides: the modalities that an item has not,
+and why there is no verdict on it."""
 
 
 def score(
@@ -115,12 +121,14 @@ def score_manifest(
     sites: of the items that have one, as their table names them.
 
     Raises NoDataError for a manifest without images, ValueError where `out` holds another run's
-    work or another process is at work there, and ValueError as `check_sites` does.
+    work or another process is at work there, and ValueError as `check_sites` and
+    `refuse_model_folder` do.
     """
     if not manifest.images:
         raise NoDataError("no image is left to score; check the selection")
     check_sites(read_calibration(model_folder), sites)
-    manifest = replace(manifest, items=manifest.images)  # masks and their faults are not looked at
+    refuse_model_folder(out)
+    manifest = _without_truth(manifest)
     batches = cut(manifest.images, batch_size)
     header: dict[str, Any] = {
         "manifest": identity(manifest),
@@ -148,6 +156,12 @@ def score_manifest(
             write_tables(out, rows)
             write_report(out, rows, model_folder, labels_of(manifest))
     return _summary(rows, out, header["model"])
+
+
+def refuse_model_folder(out: Path) -> None:
+    """Raises ValueError where `out` holds a model: what is local to a run would travel with it."""
+    if (out / "model.yaml").exists():
+        raise ValueError(f"{out} holds a model; choose another --out for the results")
 
 
 def score_again(
@@ -184,10 +198,16 @@ def cut(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
 
 
 def identity(manifest: Manifest) -> str:
-    """16 hex digits of the images and their order, which decide the batches."""
-    images = replace(manifest, items=manifest.images)
+    """16 hex digits of the images, with their xyz, and their order, which decide the batches."""
+    images = _without_truth(manifest)
     order = " ".join([images.digest, *(item.item for item in images.items)])
     return hashlib.sha256(order.encode()).hexdigest()[:16]
+
+
+def _without_truth(manifest: Manifest) -> Manifest:
+    """Without masks and reports, so that their faults are not looked at."""
+    kept = tuple(item for item in manifest.items if item.role in ("image", "xyz"))
+    return replace(manifest, items=kept)
 
 
 def labels_of(manifest: Manifest) -> dict[str, int | None]:
@@ -212,10 +232,14 @@ class _Work:
         model: str,
         sites: Mapping[str, str] | None,
     ) -> None:
-        self.scorer, self.manifest, self.out, self.model = scorer, manifest, out, model
+        self.scorer, self.out, self.model = scorer, out, model
+        self.manifest = looked_at(manifest, scorer.preprocessing)
         self.sites = sites
         self.columns = COLUMNS if scorer.classes is None else COLUMNS + CLASS_COLUMNS
         self.columns = self.columns if sites is None else self.columns + SITE_COLUMNS
+        assert scorer.saved is not None
+        self.both = "xyz" in scorer.saved.domain  # fitted on pictures with xyz
+        self.columns = self.columns + MODALITY_COLUMNS if self.both else self.columns
         maps = ["maps"] if scorer.classes is None else []
         for name in (*maps, "overlays", "journal/views"):
             (out / name).mkdir(parents=True, exist_ok=True)
@@ -231,7 +255,7 @@ class _Work:
                 "item": item.item,
                 "path": item.path,
                 "file_sha256": item.file_sha256,
-                "modality": str(item.modality),
+                "modality": "POINTS" if item.kind == "points" else str(item.modality),
                 "model": self.model,
             }
             if self.sites is not None:
@@ -239,9 +263,9 @@ class _Work:
             read = self._read(item)
             if isinstance(read, Sample):
                 samples[item.item] = read
-                image = read.images["image"]
-                rows[item.item]["modality"] = str(image.modality)
-                rows[item.item]["file_sha256"] = image.provenance["file_sha256"]
+                if read.points is None:
+                    rows[item.item]["modality"] = str(read.images["image"].modality)
+                rows[item.item]["file_sha256"] = read.subject.provenance["file_sha256"]
             else:
                 rows[item.item] |= read
             seconds[item.item] = time.perf_counter() - started
@@ -275,7 +299,7 @@ class _Work:
         """Write the map and what the overlay needs. Returns what the table says of them."""
         if isinstance(verdict, Exception):
             return {"status": "error", "error": str(verdict)}
-        shown = view(sample.images["image"], verdict.map, self.scorer.preprocessing)
+        shown = self._view(sample, verdict.map)
         shown.save(self.out / "journal" / "views" / f"{sample.item}.npz")
         classes = {"predicted": verdict.predicted, "class_scores": verdict.class_scores}
         return {
@@ -288,11 +312,21 @@ class _Work:
             "volume_mm3": verdict.volume_mm3,
             "status": "ok",
             **({} if verdict.class_scores is None else classes),
-            **({} if self.sites is None else {"no_verdict": verdict.no_verdict}),
+            **({"no_verdict": verdict.no_verdict} if "no_verdict" in self.columns else {}),
+            **({"missing": ", ".join(verdict.missing) or None} if self.both else {}),
         }
 
-    def _write_map(self, item: str, values: Image) -> str:
-        """Returns the path below `out`."""
+    def _view(self, sample: Sample, values: Image | PointMap | None) -> View:
+        if isinstance(values, PointMap):
+            return view_of_cloud(values)
+        return view(sample.images["image"], values, self.scorer.preprocessing)
+
+    def _write_map(self, item: str, values: Image | PointMap) -> str:
+        """Returns the path below `out`; beside a PLY lies the same as CSV."""
+        if isinstance(values, PointMap):
+            map_path = f"maps/{item}.ply"
+            values.write(self.out / map_path)
+            return map_path
         placed = values.frame == "patient"
         ending, write = (".nii.gz", write_nifti) if placed else (".tiff", write_tiff)
         map_path = f"maps/{item}{ending}"

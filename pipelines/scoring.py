@@ -9,15 +9,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from anomaly.base import Detector
+from anomaly.base import AnomalyMap, Detector
 from anomaly.calibration import Calibration
-from medssl.data.domain import check_domain
+from medssl.data.domain import check_sample
 from medssl.data.geometry import resample
 from medssl.data.image import Image
 from medssl.data.preprocess import Preprocessing
 from medssl.data.sample import Batch, Sample, collate
 from medssl.models.folder import ModelFolderError, SavedModel, load_model
 from medssl.probes.classifier import Classifier
+from pipelines.clouds import PointMap, in_own_unit, reason_of_missing, regions_of_points
 from pipelines.device import choose_device
 
 
@@ -30,29 +31,34 @@ class Scored:
     """The verdict on one item; larger scores and map values are more anomalous.
 
     score: raw; of a classifier what `Classifier.item_scores` says.
-    map: (1, *axes) raw float32 on the source's grid, NaN where the source is not valid; None from a
-        classifier, and boxes and volume_mm3 with it.
+    map: (1, *axes) raw float32 on the source's grid, NaN where the source is not valid, or one
+        value per point of a free cloud; None from a classifier, and boxes and volume_mm3 with it.
     p_value, threshold, anomalous: None where the model is not calibrated, or not for the item's
-        site.
+        site, or where a modality is missing.
     boxes: regions above the calibrated map threshold, largest first, in source indices, half-open:
-        (h0, w0, h1, w1) or (d0, h0, w0, d1, h1, w1); None where not calibrated.
-    volume_mm3: of all regions together; None in 2D, without physical spacing or calibration.
+        (h0, w0, h1, w1) or (d0, h0, w0, d1, h1, w1); of a cloud (x0, y0, z0, x1, y1, z1) in its own
+        unit; None where there is no threshold.
+    volume_mm3: of all regions together; None in 2D, of clouds, without physical spacing or
+        calibration.
     predicted, class_scores: the likeliest class, and the score of each by its name; None from a
         detector.
-    no_verdict: why a model calibrated by site has none on this item; None where it has one.
+    no_verdict: why a calibrated model has none on this item, for its site or what is missing; None
+        where it has one.
+    missing: modalities that the model was fitted on and this item has not, such as ("color",).
     """
 
     item: str
     score: float
-    map: Image | None
+    map: Image | PointMap | None
     p_value: float | None
     threshold: float | None
     anomalous: bool | None
-    boxes: tuple[tuple[int, ...], ...] | None
+    boxes: tuple[tuple[float, ...], ...] | None
     volume_mm3: float | None
     predicted: str | None = None
     class_scores: Mapping[str, float] | None = None
     no_verdict: str | None = None
+    missing: tuple[str, ...] = ()
 
 
 class Scorer:
@@ -127,18 +133,24 @@ class Scorer:
 
     def check(self, sample: Sample) -> None:
         """Raises OutsideDomainError for a sample unlike what the model was fitted on."""
-        reason = self.domain and check_domain(sample.images["image"], self.domain)
-        if reason:
+        if not self.domain:
+            return
+        try:
+            reason = check_sample(in_own_unit(sample, self.preprocessing), self.domain)
+        except ValueError as error:  # a unit that nobody knows
+            raise OutsideDomainError(str(error)) from None
+        if reason is not None:
             raise OutsideDomainError(reason)
 
     def prepare(self, sample: Sample) -> Sample:
-        """The sample as the model sees it, without its mask.
+        """The sample as the model sees it, without its mask and what it does not look at.
 
-        Raises what `check` raises, and ValueError where the preprocessing cannot take the image.
+        Raises what `check` raises, and ValueError where the preprocessing cannot take the item.
         """
         self.check(sample)
-        image = self.preprocessing(sample.images["image"])
-        return replace(sample, images={"image": image}, mask=None)
+        roles = {"image"} if self.preprocessing.geometry is None else {"image", "xyz"}
+        images = {role: image for role, image in sample.images.items() if role in roles}
+        return self.preprocessing.sample(replace(sample, images=images, mask=None))
 
     def score(
         self, samples: Sequence[Sample], *, sites: Mapping[str, str] | None = None
@@ -153,14 +165,14 @@ class Scorer:
         sites = {} if sites is None else sites
         prepared = [self.prepare(sample) for sample in samples]
         found: dict[int, Scored] = {}
-        for rows in _alike([sample.images["image"] for sample in prepared]):
+        for rows in _alike(prepared):
             batch = collate([prepared[row] for row in rows]).to(self.device)
-            images = [(prepared[row].images["image"], samples[row].images["image"]) for row in rows]
+            pairs = [(prepared[row], samples[row]) for row in rows]
             with torch.inference_mode():
                 if isinstance(self.model, Classifier):
                     verdicts = self._classified(self.model, batch, sites)
                 else:
-                    verdicts = self._mapped(self.model, batch, images, sites)
+                    verdicts = self._mapped(self.model, batch, pairs, sites)
             found.update(zip(rows, verdicts, strict=True))
         return [found[row] for row in range(len(samples))]
 
@@ -168,19 +180,18 @@ class Scorer:
         self,
         model: Detector,
         batch: Batch,
-        images: Sequence[tuple[Image, Image]],
+        pairs: Sequence[tuple[Sample, Sample]],
         sites: Mapping[str, str],
     ) -> list[Scored]:
-        """images: of each item as the detector sees it, and as it was read."""
+        """pairs: each item as the detector sees it, and as it was read."""
         answer = model.predict(batch)
         scores = answer.score.float().cpu().tolist()
-        maps = [
-            map_to_source(values.cpu(), image, source)
-            for values, (image, source) in zip(answer.maps["image"], images, strict=True)
-        ]
+        missing = answer.missing or ((),) * len(scores)
         return [
-            self._verdict(item, score, home, sites.get(item))
-            for item, score, home in zip(batch.items, scores, maps, strict=True)
+            self._verdict(item, score, home, sites.get(item), missing=lacks)
+            for item, score, home, lacks in zip(
+                batch.items, scores, _homes(answer, pairs), missing, strict=True
+            )
         ]
 
     def _classified(
@@ -200,13 +211,24 @@ class Scorer:
             )
         return verdicts
 
-    def _verdict(self, item: str, score: float, values: Image | None, site: str | None) -> Scored:
+    def _verdict(
+        self,
+        item: str,
+        score: float,
+        values: Image | PointMap | None,
+        site: str | None,
+        *,
+        missing: tuple[str, ...] = (),
+    ) -> Scored:
         _check_finite(item, [score])
         known = self.calibration and self.calibration.of_site(site)
         by_site = self.calibration is not None and self.calibration.by is not None
+        reason = known.guarantee if by_site and known and not known.calibrated else None
+        if missing:
+            known, reason = None, reason_of_missing(missing)
         boxes, volume_mm3 = None, None
         if values is not None and known is not None and known.map_threshold is not None:
-            boxes, volume_mm3 = regions(values, known.map_threshold)
+            boxes, volume_mm3 = _boxes(values, known.map_threshold)
         return Scored(
             item=item,
             score=score,
@@ -216,7 +238,8 @@ class Scorer:
             anomalous=None if known is None else known.anomalous(score),
             boxes=boxes,
             volume_mm3=volume_mm3,
-            no_verdict=known.guarantee if by_site and known and not known.calibrated else None,
+            no_verdict=reason,
+            missing=missing,
         )
 
 
@@ -331,10 +354,37 @@ def check_ranks_anomalies(model_folder: Path) -> None:
         )
 
 
-def _alike(images: Sequence[Image]) -> list[list[int]]:
-    """Rows that may share a batch: 2D images of one size and channel count; a volume is alone."""
+def _homes(answer: AnomalyMap, pairs: Sequence[tuple[Sample, Sample]]) -> list[Image | PointMap]:
+    """The map of each item on what was read."""
+    found: list[Image | PointMap] = []
+    for values, (prepared, source) in zip(next(iter(answer.maps.values())), pairs, strict=True):
+        if prepared.points is None:
+            images = prepared.images["image"], source.images["image"]
+            found.append(map_to_source(values.cpu(), *images))
+        else:
+            assert source.points is not None
+            known = torch.where(prepared.points.looked_at, values.float().cpu(), torch.nan)
+            found.append(PointMap(cloud=source.points, values=known))
+    return found
+
+
+def _boxes(
+    values: Image | PointMap, threshold: float
+) -> tuple[tuple[tuple[float, ...], ...], float | None]:
+    """Boxes and volume of the regions of a map above `threshold`."""
+    if isinstance(values, PointMap):
+        return regions_of_points(values, threshold), None
+    return regions(values, threshold)
+
+
+def _alike(samples: Sequence[Sample]) -> list[list[int]]:
+    """Rows that may share a batch: 2D images of equal roles, modalities, sizes and channel counts,
+    or clouds; a volume is alone."""
     kinds: dict[object, list[int]] = {}
-    for row, image in enumerate(images):
-        kind = row if image.axes != "HW" else tuple(image.pixels.shape)
-        kinds.setdefault(kind, []).append(row)
+    for row, sample in enumerate(samples):
+        flat = all(image.axes == "HW" for image in sample.images.values())
+        shapes = tuple(
+            (role, image.modality, *image.pixels.shape) for role, image in sample.images.items()
+        )
+        kinds.setdefault(shapes if flat else row, []).append(row)
     return list(kinds.values())

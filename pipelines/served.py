@@ -1,4 +1,4 @@
-"""The registered model as MLflow runs it: pictures and scans in, one verdict per row out.
+"""The registered model as MLflow runs it: pictures, scans and clouds in, a verdict per row out.
 
 MLflow keeps a copy of this file with each registered model and runs it when the model is loaded.
 """
@@ -37,10 +37,11 @@ class ServedModel(PythonModel):
     ) -> pandas.DataFrame:
         """Score each row by itself; a bad row gets status "error" or "refused" and a reason.
 
-        model_input: a DataFrame with the column `content` (the bytes of a picture, NIfTI or DICOM
-            file, as they are or in base64), or `path`, a file below the folder that the variable
-            MEDSSL_SERVE_ROOT names where the model runs; and `site`, the name of each item's
-            site as the calibration's table has it, where the model was calibrated by site.
+        model_input: a DataFrame with the column `content` (the bytes of a picture, NIfTI, DICOM,
+            PLY or PCD file, as they are or in base64), or `path`, a file below the folder that the
+            variable MEDSSL_SERVE_ROOT names where the model runs; and `site`, the name of each
+            item's site as the calibration's table has it, where the model was calibrated by site;
+            and `unit`, "m" or "mm" of points, where the model was fitted on points of a known one.
         Returns a DataFrame of `COLUMNS`, of a classifier also `CLASS_COLUMNS`, with the index of
             the input.
         """
@@ -65,20 +66,19 @@ class ServedModel(PythonModel):
             return {"status": "error", "error": f"scoring failed with {type(error).__name__}"}
 
     def _verdict(self, row: dict[str, Any]) -> dict[str, Any]:
-        from medssl.data.readers.any import read_image
         from medssl.data.sample import Sample
 
         if _given(row.get("content")):
             with tempfile.TemporaryDirectory(prefix="medssl-") as work:
                 file = Path(work, "content")
                 file.write_bytes(_bytes(row["content"]))
-                image = read_image(file)
+                found = _read(file, row.get("unit"))
         elif _given(row.get("path")):
-            image = read_image(_below_root(row["path"]))
+            found = _read(_below_root(row["path"]), row.get("unit"))
         else:
             raise ValueError("a row needs content (the bytes of a file) or path, got neither")
         sites = {"row": row["site"]} if _given(row.get("site")) else None
-        scored = self.scorer.score([Sample(item="row", images={"image": image})], sites=sites)[0]
+        scored = self.scorer.score([Sample(item="row", **found)], sites=sites)[0]
         told = {
             "score": scored.score,
             "p_value": scored.p_value,
@@ -90,6 +90,18 @@ class ServedModel(PythonModel):
             scores = json.dumps(scored.class_scores)
             told |= {"predicted": scored.predicted, "class_scores": scores}
         return told
+
+
+def _read(file: Path, unit: Any) -> dict[str, Any]:
+    """What a sample gets from a file: a cloud where it holds free points, else an image."""
+    from medssl.data.image import PointCloud
+    from medssl.data.readers.any import read_image, sniff
+    from medssl.data.readers.points import read_points
+
+    if sniff(file) != "points":
+        return {"images": {"image": read_image(file)}}
+    found = read_points(file, unit=unit if _given(unit) else None)
+    return {"points": found} if isinstance(found, PointCloud) else {"images": {"image": found}}
 
 
 def _given(value: Any) -> bool:

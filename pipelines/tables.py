@@ -36,7 +36,7 @@ def write_tables(out: Path, rows: Sequence[Row]) -> None:
 
     columns = list(rows[0])
     kinds = dict.fromkeys(columns, pa.string()) | dict.fromkeys(_NUMBERS, pa.float64())
-    kinds |= {"anomalous": pa.bool_(), "boxes": pa.list_(pa.list_(pa.int32()))}
+    kinds |= {"anomalous": pa.bool_(), "boxes": pa.list_(pa.list_(_kind_of_boxes(rows)))}
     parquet = io.BytesIO()
     plain = [_with_json(row, "class_scores") for row in rows]
     pq.write_table(pa.Table.from_pylist(plain, schema=pa.schema(list(kinds.items()))), parquet)
@@ -50,9 +50,26 @@ def write_tables(out: Path, rows: Sequence[Row]) -> None:
     write_whole(out / TABLES[2], lines)
 
 
+def _kind_of_boxes(rows: Sequence[Row]) -> Any:
+    """Indices of pixels, or coordinates of points."""
+    import pyarrow as pa
+
+    sides = (side for row in rows for box in row["boxes"] or () for side in box)
+    return pa.float64() if any(isinstance(side, float) for side in sides) else pa.int32()
+
+
 def _with_json(row: Row, column: str) -> Row:
     """The row with one cell as JSON text, where it is there and holds something."""
     return row if row.get(column) is None else row | {column: json.dumps(row[column])}
+
+
+def why_no_verdict(rows: Sequence[Row]) -> str:
+    """Why some of these scored rows have no verdict, in words."""
+    if any(row.get("no_verdict") is not None for row in rows):
+        lacking = any(row.get("missing") for row in rows)
+        what = "lack a modality" if lacking else "are of a site without a threshold"
+        return f"some items {what}"
+    return "the model is not calibrated"
 
 
 def with_q_values(rows: Sequence[Row]) -> list[Row]:

@@ -81,11 +81,14 @@ def update(
     check_out(out)
     if add is None and remove is None:
         raise ValueError("nothing to do; give --add NORMALS, --remove PICTURES or both")
+    if select is not None and add is None:
+        raise ValueError("--select chooses among what is added, and nothing is; leave it out")
     folder = record.resolve(model)
     saved = load_model(folder, kind="detector")
     work = _Update(saved, device=device, batch_size=batch_size)
     before = read_calibration(folder)
-    rate = rate or (_RATE if before is None else before.rate)
+    if rate is None:
+        rate = _RATE if before is None else before.rate
     held_out = None
     if isinstance(calibration, Path):
         manifest = build_manifest(calibration, groups=groups)
@@ -154,7 +157,7 @@ class _Update:
         goes with the calibration. Raises ValueError where there is none, or nothing would stay.
         """
         images = manifest.images
-        hashes = read_hashes(manifest, images, "reading what to remove", self.errors)
+        hashes = read_hashes(images, "reading what to remove", self.errors)
         given = set(hashes.values())
         fitted, kept = dict[str, Trace](), dict[str, Trace]()
         for name, trace in self.history.fitted.items():
@@ -255,7 +258,7 @@ class _Update:
         with progress(len(samples), "reading what to add") as bar:
             for row, item in enumerate(samples.items):
                 try:
-                    check_axes(samples[row].images["image"], self.detector)
+                    check_axes(samples[row], self.detector)
                     self.scorer.check(raw[-1])
                 except Exception as error:  # one bad file never ends a batch job
                     self.errors.append(left_out(item, error))

@@ -74,7 +74,10 @@ def view(source: Image, values: Image | None, preprocessing: Preprocessing) -> V
     """The picture, or the slice of a volume with the highest map value, ready to look at.
 
     values: (1, *axes) map on the grid of `source`; without one a volume shows its middle slice.
+    Of xyz the distance z is shown, in grey.
     """
+    if source.channels == ("x", "y", "z"):
+        source = replace(source, pixels=source.pixels[2:], channels=("z",))
     if values is None:
         values = replace(
             source, pixels=torch.full_like(source.pixels[:1], torch.nan), channels=("none",)

@@ -4,9 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from medssl.data.domain import check_domain, learn_domain
-from medssl.data.image import Image, pixel_affine
+from medssl.data.domain import check_domain, check_sample, domain_of, learn_domain
+from medssl.data.image import Image, PointCloud, pixel_affine
 from medssl.data.modality import Modality
+from medssl.data.sample import Sample
 
 
 def ct(size=(20, 40, 30), spacing=(5.0, 0.5, 0.7), modality=Modality.CT):
@@ -120,3 +121,80 @@ def test_a_volume_is_no_picture():
 def test_a_domain_needs_images_of_one_kind(images):
     with pytest.raises(ValueError, match="one kind of axes"):
         learn_domain(images)
+
+
+def cloud(scale=1.0, count=100, unit="mm"):
+    points = torch.zeros(count, 3)
+    points[0], points[1] = torch.tensor([scale, 0, 0]), torch.tensor([-scale, 0, 0])
+    return Sample(item="a", points=PointCloud(points=points, unit=unit))
+
+
+def xyz(height=100, width=80, units="mm"):
+    return replace(
+        picture(height, width), modality=Modality.DEPTH, channels=("x", "y", "z"), units=units
+    )
+
+
+def of(**images):
+    return Sample(item="a", images=images)
+
+
+def test_the_domain_of_clouds_is_their_unit_extent_and_number_of_points():
+    domain = domain_of([cloud(), cloud(scale=2.0, count=300)])
+    assert domain == {
+        "axes": "points",
+        "unit": ["mm"],
+        "extent": {"min": [2.0], "max": [4.0]},
+        "num_points": {"min": [100.0], "max": [300.0]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("sample", "reason"),
+    [
+        (cloud(), None),
+        (cloud(scale=0.5, count=200), None),
+        (cloud(unit="m"), "unit m, but the model was fitted on mm"),
+        (cloud(scale=2.1), "extent 4.2, but the model was fitted on 2 to 2"),
+        (cloud(count=49), "number of points 49, but the model was fitted on 100 to 100"),
+        (of(image=picture()), "an image with axes HW, but the model was fitted on free point"),
+    ],
+)
+def test_clouds_beyond_the_domain_are_named_with_what_is_unlike(sample, reason):
+    found = check_sample(sample, domain_of([cloud()]))
+    assert found is None if reason is None else found.startswith(reason)
+
+
+def test_a_turn_does_not_change_the_extent():
+    turned_points = cloud().points.points[:, [2, 0, 1]] @ torch.linalg.qr(torch.randn(3, 3))[0]
+    domain = domain_of([Sample(item="a", points=PointCloud(points=turned_points, unit="mm"))])
+    assert domain["extent"]["min"] == pytest.approx([2.0], abs=1e-5)
+
+
+def test_a_cloud_is_refused_by_a_model_of_pictures():
+    found = check_sample(cloud(), domain_of([of(image=picture())]))
+    assert found == "a free point cloud, but the model was fitted on images with axes HW"
+
+
+def test_pictures_with_xyz_are_checked_in_both_roles_and_each_alone():
+    domain = domain_of([of(image=picture(100, 80), xyz=xyz(100, 80))])
+    assert domain["modality"] == ["PICTURE"]
+    assert domain["xyz"]["units"] == ["mm"]
+    assert check_sample(of(image=picture(), xyz=xyz()), domain) is None
+    assert check_sample(of(image=picture()), domain) is None
+    assert check_sample(of(image=xyz()), domain) is None
+    assert "unit m," in str(check_sample(of(image=picture(), xyz=xyz(units="m")), domain))
+    assert "unit m," in str(check_sample(of(image=xyz(units="m")), domain))
+    assert "size 300 x 80" in str(check_sample(of(image=picture(300, 80), xyz=xyz()), domain))
+
+
+def test_xyz_without_pictures_is_a_domain_of_its_own():
+    domain = domain_of([of(image=xyz())])
+    assert domain == learn_domain([xyz()])
+    assert check_sample(of(image=xyz()), domain) is None
+    assert "modality PICTURE" in str(check_sample(of(image=picture()), domain))
+
+
+def test_clouds_and_pictures_have_no_common_domain():
+    with pytest.raises(ValueError, match="of free clouds or of images, got both"):
+        domain_of([cloud(), of(image=picture())])

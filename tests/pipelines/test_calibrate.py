@@ -1,6 +1,8 @@
 """Thresholds from new normals: what they are, what is refused, and that the detector stays."""
 
 import json
+import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,3 +162,36 @@ def test_a_registered_model_is_calibrated_by_command_and_registered_anew(model, 
     assert newest["digest"] == load_model(tmp_path / "out").digest
     assert oldest["digest"] == load_model(model).digest
     assert (newest["version"], oldest["aliases"]) == (2, ["champion"])
+
+
+def test_a_copy_of_a_calibration_picture_counts_once_and_is_named(model, tmp_path, capsys):
+    new = greys(tmp_path / "new", [60, 61, 61, 62, 63])
+    with pytest.raises(ValueError, match="takes 19 held-out normal images, got 4"):
+        calibrate(str(model), greys(tmp_path / "twice", [60, 61, 62, 63] * 5), tmp_path / "out")
+    result = calibrate(str(model), new, tmp_path / "out", rate=0.2)
+    assert result["num_calibration"] == 4
+    by_name = {Path(item.path).name: item.item for item in build_manifest(new).images}
+    [copy] = result["errors"]
+    assert copy["item"] == by_name["002.png"]
+    assert by_name["001.png"] in copy["reason"]
+    assert result["failed"] == 1
+
+
+def test_normals_without_a_site_are_counted_aloud(model, tmp_path, capsys):
+    new = greys(tmp_path / "new", range(60, 67))
+    rows = [f"{i:03d}.png,north" for i in range(4)]
+    (new / "sites.csv").write_text("\n".join(["path,scanner", *rows]))
+    calibrate(str(model), new, tmp_path / "out", rate=0.2, by="sites.csv:scanner")
+    assert "3 of 7 calibration normals have no scanner in the table" in capsys.readouterr().out
+
+
+def test_what_comes_of_a_model_that_is_read_only_can_be_changed(model, tmp_path):
+    for file in model.iterdir():
+        file.chmod(0o444)
+    model.chmod(0o555)
+    out = tmp_path / "out"
+    calibrate(str(model), greys(tmp_path / "new", range(60, 64)), out, rate=0.2)
+    model.chmod(0o755)  # so that it can be removed
+    modes = [place.stat().st_mode for place in (out, *out.iterdir())]
+    assert all(mode & stat.S_IWUSR for mode in modes)
+    assert not list(tmp_path.glob(".out*"))

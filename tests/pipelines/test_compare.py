@@ -183,3 +183,36 @@ def test_what_is_no_table_of_scores_is_refused(data, tmp_path):
         compare(a, tmp_path / "items.parquet", data)
     with pytest.raises(ValueError, match="no table in parquet"):
         compare(a / "scores.csv", a, data)
+
+
+def test_different_files_of_one_name_are_named_and_left_out(data, tmp_path):
+    a = scored(data, tmp_path / "a", strength=4)
+    b = scored(data, tmp_path / "b", strength=1)
+    same, other = "1" * 64, "2" * 64
+    for place in range(14):
+        change(a, place, file_sha256=same)
+        item = change(b, place, file_sha256=other if place == 13 else same)
+    found = compare(a, b, data)
+    assert found["num_anomalous"] == 5
+    assert found["left_out"] == [
+        {"item": item, "reason": "A and B scored different files under this name"}
+    ]
+
+
+def test_a_missing_verdict_is_explained_for_the_model_that_lacks_it(data, tmp_path):
+    a = scored(data, tmp_path / "a", strength=4)
+    b = scored(data, tmp_path / "b", strength=1)
+    rows = parquet.read_table(b / "scores.parquet").to_pylist()
+    rows = [row | {"site": "x", "no_verdict": None} for row in rows]
+    rows[2] |= {"anomalous": None, "threshold": None, "no_verdict": "No promise"}
+    write_tables(b, rows)
+    found = compare(a, b, data)
+    assert found["skipped"]["recall"] == "B: some items are of a site without a threshold"
+
+
+def test_results_are_not_written_into_a_model(data, tmp_path):
+    a = scored(data, tmp_path / "a", strength=4)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.yaml").touch()
+    with pytest.raises(ValueError, match="holds a model; choose another --out"):
+        compare(a, a, data, tmp_path / "model")

@@ -10,12 +10,12 @@ from PIL import Image as Pillow
 
 from anomaly.calibration import Calibration
 from anomaly.drift import check_drift
-from medssl.data.manifest import NoDataError
+from medssl.data.manifest import NoDataError, build_manifest
 from medssl.data.preprocess import Preprocessing
 from medssl.data.readers.any import read_image
 from pipelines.cli import main
 from pipelines.drift import checked, drift
-from pipelines.leakage import LeakageError
+from pipelines.leakage import History, LeakageError, traces
 from pipelines.score import read_rows, score
 
 SIZE = (8, 10)
@@ -143,7 +143,7 @@ def test_a_broken_picture_is_counted_as_failed_and_the_rest_is_compared(model, t
 
 def test_a_model_without_calibration_has_nothing_to_compare_with(tmp_path):
     model = save_model(tmp_path, [])
-    with pytest.raises(ValueError, match="not calibrated"):
+    with pytest.raises(ValueError, match="calibrate it with medssl calibrate"):
         drift(save_pictures(tmp_path / "data", 3), model, tmp_path / "out")
 
 
@@ -210,3 +210,19 @@ def test_by_site_the_table_names_the_sites_and_what_is_said_does_not(tmp_path, c
 def test_rows_of_a_model_by_site_need_their_site():
     with pytest.raises(ValueError, match="name it with --site"):
         checked(by_site(a=50), [{"score": 0.1}])
+
+
+def test_other_pictures_of_a_fitted_part_are_no_new_normals(tmp_path):
+    data = save_pictures(tmp_path / "data", 25)
+    old = save_pictures(tmp_path / "old", 1, seed=5)
+    rows = [*(f"data/{number:03d}.png,part{number}" for number in range(25)), "old/000.png,part7"]
+    (tmp_path / "parts.csv").write_text("path,part\n" + "\n".join(rows) + "\n")
+    model = save_model(tmp_path, held_out(60))
+    (item,) = build_manifest(old, groups="parts.csv:part").images
+    history = History(fitted=traces([item], {item.item: "0" * 64}))
+    Path(model, "fitted.json").write_text(json.dumps(history.to_dict()))
+    assert drift(data, model, tmp_path / "out")["failed"] == 0
+    with pytest.raises(LeakageError, match="1 are of the same patient or part"):
+        drift(data, model, tmp_path / "again", groups="parts.csv:part")
+    with pytest.raises(ValueError, match="no --groups"):
+        drift(tmp_path / "out" / "scores.parquet", model, tmp_path / "t", groups="parts.csv:part")

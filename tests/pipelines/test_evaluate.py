@@ -102,7 +102,8 @@ def test_metrics_are_those_of_scikit_learn_on_the_same_numbers(data, model, tmp_
 
 def test_every_shown_metric_has_an_interval_and_an_oracle_says_so(data, model, tmp_path):
     found = evaluate(data, model, tmp_path / "out")
-    assert set(METRICS) - set(found) == {"aupimo"}
+    of_clouds = {"point_auroc", "point_average_precision"}
+    assert set(METRICS) - set(found) == {"aupimo", *of_clouds}
     for name, (shown, _) in METRICS.items():
         assert name.endswith("_oracle") == shown.endswith("(oracle)")
         if name in found:
@@ -291,3 +292,18 @@ def test_a_normal_pixel_without_a_value_does_not_count_and_an_anomalous_one_is_m
         found.append(evaluate(data, model, out)["pixel_auroc"]["value"])
     assert found[1] > found[0]
     assert found[2] < found[1]
+
+
+def test_items_of_a_site_without_a_threshold_are_why_rates_are_missing(data, tmp_path):
+    calibration = Calibration.from_scores(
+        [THRESHOLD], [THRESHOLD], rate=0.5, method="path", sites=["north"], by="scanner"
+    )
+    model = save_mean_distance(
+        data, tmp_path / "model", PICTURES, calibration=calibration, select="split == 'train'"
+    )
+    sites = [*(f"{name}.png,south" for name in GOOD), *(f"{name}.png,north" for name in SPOT)]
+    (data / "sites.csv").write_text("path,scanner\n" + "\n".join(sites) + "\n")
+    found = evaluate(data, str(model), tmp_path / "out", site="sites.csv:scanner")
+    assert found["recall"]["value"] == pytest.approx(2 / 3)
+    for name in ("false_alarm_rate", "image_f1", "dice", "lesion_recall"):
+        assert found["skipped"][name] == "some items are of a site without a threshold"

@@ -275,3 +275,12 @@ def test_what_the_encoder_saw_is_kept_with_the_detector(data, tmp_path):
     hashed.write(tmp_path / "items.parquet")
     with pytest.raises(LeakageError, match="3 were seen when its encoder was pretrained"):
         fit(tmp_path / "items.parquet", detector, tmp_path / "b", preprocessing=PLAIN)
+
+
+def test_a_copy_among_further_normals_does_not_calibrate_a_fit_twice(data, tmp_path):
+    greys(tmp_path / "more", [60, 61, 61, 62, 63, 60])
+    result = fitted(data, tmp_path, calibration=tmp_path / "more")
+    assert (result["num_calibration"], result["failed"]) == (4, 2)
+    pictures = {level_of(item) for item in build_manifest(tmp_path / "more").images}
+    assert len(read_history(tmp_path / "model").calibration) == len(pictures)
+    assert all("counts once" in error["reason"] for error in result["errors"])

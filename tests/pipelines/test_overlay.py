@@ -130,3 +130,19 @@ def test_original_and_overlay_lie_side_by_side_and_views_survive_the_disk(tmp_pa
     both = side_by_side(again, scale)
     assert (both[:, :10] == grey).all()
     assert (both[:, 12:] == overlay(View(grey, heat, ""), scale)).all()
+
+
+def test_of_xyz_the_distance_alone_is_shown():
+    z = torch.linspace(100, 200, 64).expand(64, 64)
+    xyz = Image(
+        pixels=torch.stack([torch.randn(64, 64), torch.randn(64, 64), z]),
+        axes="HW",
+        modality=Modality.DEPTH,
+        affine=pixel_affine(),
+        frame="sensor",
+        channels=("x", "y", "z"),
+    )
+    shown = view(xyz, None, PICTURES).picture.astype(int)
+    assert (shown == shown[:1]).all()
+    assert (np.diff(shown[0, :, 0]) >= 0).all()
+    assert (shown[..., 0] == shown[..., 2]).all()

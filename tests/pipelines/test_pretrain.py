@@ -261,7 +261,10 @@ def test_a_killed_job_started_again_writes_the_weights_of_an_undisturbed_one(tmp
     assert whole == killed
 
 
-@pytest.mark.parametrize("file", sorted(Path("configs/pretrain").glob("*.yaml")), ids=str)
+PICTURES = set(Path("configs/pretrain").glob("*.yaml")) - {Path("configs/pretrain/point_mae.yaml")}
+
+
+@pytest.mark.parametrize("file", sorted(PICTURES), ids=str)
 def test_the_configs_in_the_house_build_what_they_name(file: Path):
     parser = _parser("pretrain", pretrain)
     places = {"data": ".", "out": "there"}

@@ -459,3 +459,10 @@ def test_a_model_that_knows_no_sites_takes_none(data, model, tmp_path):
     site = save_sites(data, **{"001": "Mary"})
     with pytest.raises(ValueError, match="not calibrated by site"):
         score(data, model, tmp_path / "out", site=site)
+
+
+def test_results_are_not_written_into_the_model(data, model, tmp_path):
+    before = sorted(Path(model).rglob("*"))
+    with pytest.raises(ValueError, match="holds a model; choose another --out"):
+        score(data, model, Path(model))
+    assert sorted(Path(model).rglob("*")) == before

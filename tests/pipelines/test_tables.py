@@ -34,3 +34,11 @@ def test_boxes_and_class_scores_are_json_text_where_a_table_has_no_lists(tmp_pat
         told = list(csv.DictReader(stream))
     assert (told[0]["boxes"], told[0]["class_scores"]) == ("[[0, 1, 2, 3]]", '{"a": 0.5}')
     assert (told[1]["boxes"], told[1]["p_value"]) == ("", "")
+
+
+def test_boxes_of_clouds_keep_their_coordinates(tmp_path):
+    rows = with_q_values([row(0.5, boxes=[[0.25, 1.5, 2.0, 3.0, 4.5, 5.125]]), row(0.2, boxes=[])])
+    write_tables(tmp_path, rows)
+    first, second = pq.read_table(tmp_path / "scores.parquet").to_pylist()
+    assert first["boxes"] == [[0.25, 1.5, 2.0, 3.0, 4.5, 5.125]]
+    assert second["boxes"] == []

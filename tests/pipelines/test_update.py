@@ -224,3 +224,15 @@ def test_patchcore_takes_a_picture_in_and_forgets_it_again(tmp_path):
     assert read_calibration(tmp_path / "back").scores == pytest.approx(
         read_calibration(tmp_path / "model").scores
     )
+
+
+def test_a_rate_of_zero_is_not_taken_for_the_old_one(model, tmp_path, held_out):
+    more = greys(tmp_path / "more", [20])
+    with pytest.raises(ValueError, match="between 0 and 1, got 0"):
+        update(str(model), tmp_path / "out", held_out, add=more, rate=0.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_selection_of_what_is_added_does_not_choose_what_is_removed(model, tmp_path, held_out):
+    with pytest.raises(ValueError, match="--select chooses among what is added"):
+        update(str(model), tmp_path / "out", held_out, remove=held_out, select="label == 0")
