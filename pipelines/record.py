@@ -387,8 +387,7 @@ def _signature() -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types.schema import ColSpec, Schema
 
-    names = ("path", "site", "unit")
-    given = [("binary", "content"), *(("string", name) for name in names)]
+    given = [("binary", "content"), *(("string", name) for name in ("path", "site", "unit"))]
     told = [
         *(("double", "score"), ("double", "p_value"), ("double", "threshold")),
         *(("boolean", "anomalous"), ("string", "status"), ("string", "error")),
