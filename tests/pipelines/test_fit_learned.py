@@ -132,7 +132,7 @@ def test_the_choice_stands_in_the_result_the_card_and_the_record(data, tmp_path,
     detector = LearnedLevel(selection=Selection(checkpoints=2))
     result = run(data, tmp_path / "out", detector, calibration="none")
     chosen, last = result["notes"]["chosen"], result["notes"]["last"]
-    assert set(chosen) == set(last) == {"image_auroc", "pixel_auroc"}
+    assert set(chosen) == set(last) == {"image_auroc", "pixel_auroc", "num_skipped"}
     card = (tmp_path / "out" / "card.md").read_text()
     assert "## Chosen in the fit, without labels" in card
     assert f"- chosen.image_auroc: {chosen['image_auroc']:.4g}" in card
