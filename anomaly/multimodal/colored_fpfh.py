@@ -10,7 +10,6 @@ from torch import Tensor
 
 from anomaly.base import AnomalyMap, Detector, NormalData
 from anomaly.examples import relief_pictures
-from anomaly.learning import seeded
 from anomaly.memory import greedy_coreset, nearest
 from anomaly.multimodal.fusion import missing
 from anomaly.multimodal.modalities import (
@@ -18,6 +17,7 @@ from anomaly.multimodal.modalities import (
     FeatureGrid,
     GeometryFeatures,
     cell_maps,
+    example_features,
     noise_shape,
     rgbd_noise,
     same_grid,
@@ -151,10 +151,5 @@ class ColoredFPFH(Detector):
     @classmethod
     def example(cls) -> tuple[Self, list[Sample]]:
         """A random residual network and FPFH of a few hundred points of smooth reliefs."""
-        from medssl.models.timm_encoder import TimmEncoder
-
-        with seeded(0):
-            encoder = TimmEncoder("test_resnet", in_channels=3)
-        color = ColorFeatures(encoder, layers=["layer1", "layer2"], grid=(16, 12))
-        geometry = GeometryFeatures(grid=(16, 12), max_points=400)
+        color, geometry = example_features()
         return cls(color=color, geometry=geometry, coreset_ratio=0.2), relief_pictures()

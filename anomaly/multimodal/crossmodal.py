@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from anomaly.base import AnomalyMap, NormalData
 from anomaly.examples import relief_pictures
-from anomaly.learning import LearnedDetector, Trial, seeded
+from anomaly.learning import LearnedDetector, Trial
 from anomaly.maps import outside_is_nan
 from anomaly.multimodal.modalities import (
     ColorFeatures,
     FeatureGrid,
     GeometryFeatures,
     cell_maps,
+    example_features,
     has_color,
     has_geometry,
     noise_shape,
@@ -160,12 +161,7 @@ class CrossmodalMapping(LearnedDetector):
     @classmethod
     def example(cls) -> tuple[Self, list[Sample]]:
         """A random residual network, FPFH of a few hundred points, and a few steps."""
-        from medssl.models.timm_encoder import TimmEncoder
-
-        with seeded(0):
-            encoder = TimmEncoder("test_resnet", in_channels=3)
-        color = ColorFeatures(encoder, layers=["layer1", "layer2"], grid=(16, 12))
-        geometry = GeometryFeatures(grid=(16, 12), max_points=400)
+        color, geometry = example_features()
         plan = TrainingPlan(
             total_samples=40, batch_size=4, learning_rate=1e-3, weight_decay=(0.0, 0.0)
         )

@@ -14,20 +14,18 @@ from torch import Tensor
 
 from anomaly.base import AnomalyMap, Detector, NormalData
 from anomaly.examples import relief_pictures
-from anomaly.learning import seeded
 from anomaly.memory import RepeatedSearch, greedy_coreset
+from anomaly.multimodal.bank import scores_from
 from anomaly.multimodal.fusion import ModalityScores, ScoreFusion
 from anomaly.multimodal.modalities import (
     ColorFeatures,
     GeometryFeatures,
     ModalityName,
-    cell_maps,
+    example_features,
     noise_shape,
     rgbd_noise,
     same_grid,
-    valid_pixels,
 )
-from anomaly.valid import largest
 from medssl.data.sample import Batch, Sample
 
 
@@ -136,23 +134,19 @@ class DoublePatchCore(Detector):
         found: dict[str, ModalityScores] = {}
         for name, features in self._parts():
             grid = features(batch)
-            distance = torch.full(grid.valid.shape, torch.nan, device=grid.valid.device)
-            if grid.valid.any():
-                bank = self.get_buffer(f"{name}_bank_")
-                near = self._searches[name].nearest(grid.features[grid.valid], bank)[0]
-                distance[grid.valid] = near[:, 0]
-            valid = valid_pixels(batch, name).to(distance.device)
-            maps = cell_maps(distance, batch, valid, sigma=self.sigma)
-            found[name] = ModalityScores(maps=maps, score=largest(distance))
+            found[name] = scores_from(
+                self.get_buffer(f"{name}_bank_"),
+                self._searches[name],
+                grid.features,
+                grid.valid,
+                batch,
+                name,
+                sigma=self.sigma,
+            )
         return found
 
     @classmethod
     def example(cls) -> tuple[Self, list[Sample]]:
         """A random residual network and FPFH of a few hundred points of smooth reliefs."""
-        from medssl.models.timm_encoder import TimmEncoder
-
-        with seeded(0):
-            encoder = TimmEncoder("test_resnet", in_channels=3)
-        color = ColorFeatures(encoder, layers=["layer1", "layer2"], grid=(16, 12))
-        geometry = GeometryFeatures(grid=(16, 12), max_points=400)
+        color, geometry = example_features()
         return cls(color=color, geometry=geometry, coreset_ratio=0.2), relief_pictures()

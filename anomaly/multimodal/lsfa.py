@@ -10,23 +10,22 @@ from torch import Tensor
 
 from anomaly.base import AnomalyMap, NormalData
 from anomaly.examples import relief_pictures
-from anomaly.learning import LearnedDetector, Trial, device_of, seeded
+from anomaly.learning import LearnedDetector, Trial, device_of
 from anomaly.memory import RepeatedSearch, greedy_coreset
 from anomaly.multimodal.adaptation import MODALITIES, Adaptation, Terms
+from anomaly.multimodal.bank import scores_from
 from anomaly.multimodal.fusion import ModalityScores, ScoreFusion
 from anomaly.multimodal.modalities import (
     ColorFeatures,
     FeatureGrid,
     GeometryFeatures,
     ModalityName,
-    cell_maps,
+    example_features,
     noise_shape,
     rgbd_noise,
     same_grid,
-    valid_pixels,
 )
 from anomaly.selection import Selection
-from anomaly.valid import largest
 from medssl.data.image import Image, pixel_affine
 from medssl.data.modality import Modality
 from medssl.data.sample import Batch, Sample
@@ -186,25 +185,21 @@ class LSFA(LearnedDetector):
         found: dict[str, ModalityScores] = {}
         for name, grid in self._grids(batch).items():
             adapted = self.trainable.adapted(name, grid.features, grid.valid)
-            distance = torch.full(grid.valid.shape, torch.nan, device=grid.valid.device)
-            if grid.valid.any():
-                bank = self.get_buffer(f"{name}_bank_")
-                near = self._searches[name].nearest(adapted[grid.valid], bank)[0]
-                distance[grid.valid] = near[:, 0]
-            valid = valid_pixels(batch, name).to(distance.device)
-            maps = cell_maps(distance, batch, valid, sigma=self.sigma)
-            found[name] = ModalityScores(maps=maps, score=largest(distance))
+            found[name] = scores_from(
+                self.get_buffer(f"{name}_bank_"),
+                self._searches[name],
+                adapted,
+                grid.valid,
+                batch,
+                name,
+                sigma=self.sigma,
+            )
         return found
 
     @classmethod
     def example(cls) -> tuple[Self, list[Sample]]:
         """A random residual network, FPFH of a few hundred points, and a few steps."""
-        from medssl.models.timm_encoder import TimmEncoder
-
-        with seeded(0):
-            encoder = TimmEncoder("test_resnet", in_channels=3)
-        color = ColorFeatures(encoder, layers=["layer1", "layer2"], grid=(16, 12))
-        geometry = GeometryFeatures(grid=(16, 12), max_points=400)
+        color, geometry = example_features()
         plan = TrainingPlan(total_samples=24, batch_size=4, learning_rate=1e-3)
         terms = Terms(head_width=32, num_cells=32, memory_cells=256, memory_items=16)
         return cls(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from anomaly.base import NormalData, noise_batch
 from anomaly.features.patches import check_finite, patch_grid, patch_offset
+from anomaly.learning import seeded
 from anomaly.maps import pixel_maps, valid_patches
 from anomaly.valid import by_size
 from medssl.data.modality import Modality
@@ -335,3 +336,13 @@ def _checked_grid(grid: Sequence[int]) -> list[int]:
     if len(grid) != 2 or min(grid) < 1:
         raise ValueError(f"grid is the two numbers h and w of cells, got {list(grid)}")
     return list(grid)
+
+
+def example_features() -> tuple[ColorFeatures, GeometryFeatures]:
+    """A random residual network, and FPFH of a few hundred points, on one grid."""
+    from medssl.models.timm_encoder import TimmEncoder
+
+    with seeded(0):
+        encoder = TimmEncoder("test_resnet", in_channels=3)
+    color = ColorFeatures(encoder, layers=["layer1", "layer2"], grid=(16, 12))
+    return color, GeometryFeatures(grid=(16, 12), max_points=400)

@@ -1,0 +1,33 @@
+"""What a bank of one modality's normal cells says of a batch."""
+
+import torch
+from torch import Tensor
+
+from anomaly.memory import RepeatedSearch
+from anomaly.multimodal.fusion import ModalityScores
+from anomaly.multimodal.modalities import ModalityName, cell_maps, valid_pixels
+from anomaly.valid import largest
+from medssl.data.sample import Batch
+
+
+def scores_from(
+    bank: Tensor,
+    search: RepeatedSearch,
+    features: Tensor,
+    valid: Tensor,
+    batch: Batch,
+    name: ModalityName,
+    *,
+    sigma: float,
+) -> ModalityScores:
+    """The distance of each valid cell to its nearest normal one: maps, and the largest as score.
+
+    bank: (M, E). features: (B, h, w, E) of the batch. valid: (B, h, w) bool.
+    sigma: of the Gaussian on the maps, in pixels.
+    """
+    distance = torch.full(valid.shape, torch.nan, device=valid.device)
+    if valid.any():
+        distance[valid] = search.nearest(features[valid], bank)[0][:, 0]
+    pixels = valid_pixels(batch, name).to(distance.device)
+    maps = cell_maps(distance, batch, pixels, sigma=sigma)
+    return ModalityScores(maps=maps, score=largest(distance))
