@@ -17,37 +17,42 @@ class WholeImage:
     """The image of a sample as it is, for a training on images of one size."""
 
     def __call__(self, sample: Sample, generator: torch.Generator) -> dict[str, Tensor]:
-        """Returns "image" (C, *spatial), 0 where it is not valid, and "valid" (*spatial) bool."""
+        """Returns "image" (C, *spatial), `filled`, and "valid" (*spatial) bool."""
         image = sample.images["image"]
         valid = image.valid
         if valid is None:
             valid = torch.ones(image.spatial_shape, dtype=torch.bool)
-        return {"image": torch.where(valid, image.pixels, 0.0), "valid": valid}
+        return {"image": filled(image.pixels[None], valid[None])[0], "valid": valid}
 
 
-def filled(images: ImageBatch) -> Tensor:
-    """The pixels (B, C, *spatial) of a batch, 0 where they are not valid, as of `WholeImage`."""
-    return torch.where(images.valid[:, None], images.pixels, 0.0)
+def filled(pixels: Tensor, valid: Tensor) -> Tensor:
+    """Pixels (B, C, *spatial) with their channel's lowest valid value where they are not valid.
+
+    That is the low end of the intensities, which is what preprocessing leaves there and a
+    pretraining saw. valid: (B, *spatial) bool. An image without a valid pixel is 0.
+    """
+    inside = valid[:, None]
+    low = torch.where(inside, pixels, torch.inf).flatten(2).amin(2)  # (B, C)
+    low = torch.where(low < torch.inf, low, 0.0)
+    return torch.where(inside, pixels, low.reshape(*low.shape, *[1] * (valid.ndim - 1)))
 
 
 def by_size(images: ImageBatch) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """The images of each size together, without their padding.
 
-    Gives their rows in the batch, pixels (b, C, *size), 0 where they are not valid, and valid
-    (b, *size).
+    Gives their rows in the batch, pixels (b, C, *size), `filled`, and valid (b, *size).
     """
     for size in dict.fromkeys(images.sizes):
         rows = [i for i, own in enumerate(images.sizes) if own == size]
         valid = images.valid[rows][_inside(size)]
-        pixels = images.pixels[rows][_inside(size)]
-        yield rows, torch.where(valid[:, None], pixels, 0.0), valid
+        yield rows, filled(images.pixels[rows][_inside(size)], valid), valid
 
 
 def maps_by_size(images: ImageBatch, found: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Maps (B, *spatial) of images that are scored without their padding, NaN outside `valid`.
 
-    found: pixels (b, C, *size), 0 where they are not valid, and valid (b, *size) to maps
-        (b, *size); called once per size.
+    found: pixels (b, C, *size), `filled`, and valid (b, *size) to maps (b, *size); called once per
+        size.
     """
     maps = torch.full(images.valid.shape, torch.nan, device=images.pixels.device)
     for rows, pixels, valid in by_size(images):

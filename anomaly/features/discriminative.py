@@ -148,7 +148,7 @@ class MadeUp:
     donors: Sequence[Sample] = field(default=(), repr=False)
 
     def __call__(self, sample: Sample, generator: torch.Generator) -> dict[str, Tensor]:
-        """Returns "image" (C, *spatial), 0 where not valid, "valid" and "changed" (*spatial)."""
+        """Returns "image" (C, *spatial), `filled`, "valid" and "changed" (*spatial)."""
         changed = bool(torch.rand((), generator=generator) < 0.5)
         if changed and has_valid_pixel(sample):
             plain = replace(sample, mask=None)
@@ -158,7 +158,8 @@ class MadeUp:
         batch = collate([sample])
         images = batch.images["image"]
         mask = torch.zeros_like(images.valid) if batch.masks is None else batch.masks
-        return {"image": filled(images)[0], "valid": images.valid[0], "changed": mask[0]}
+        image = filled(images.pixels, images.valid)[0]
+        return {"image": image, "valid": images.valid[0], "changed": mask[0]}
 
 
 class Head(Trainable):
@@ -191,7 +192,7 @@ class Head(Trainable):
             if row % every == 0 and has_valid_pixel(sample):
                 donors.append(sample)
             images = collate([sample]).images["image"].to(self.mean.device)
-            cells = self.features(filled(images))  # (1, *grid, E)
+            cells = self.features(filled(images.pixels, images.valid))  # (1, *grid, E)
             cells = cells[valid_patches(images.valid, cells.shape[1:-1])].double()
             count, total = count + len(cells), total + cells.sum(0).cpu()
             square = square + cells.square().sum(0).cpu()

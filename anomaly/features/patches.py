@@ -100,7 +100,7 @@ def collect(
 ) -> NormalPatches:
     """The patches of all normal items; every process gets all, and has described its share.
 
-    describe: images (B, C, *spatial) on `device`, 0 where they are not valid, to features
+    describe: images (B, C, *spatial) on `device`, `filled` where they are not valid, to features
         (B, *grid, E).
     max_patches: keep an even random sample of at most so many; the same for any number of
         processes.

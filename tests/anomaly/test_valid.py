@@ -17,20 +17,31 @@ from anomaly.valid import (
 from medssl.data.sample import collate
 
 
-def test_the_view_is_the_image_with_zeros_where_it_is_not_valid():
+def test_the_view_is_the_image_and_its_low_end_where_it_is_not_valid():
     sample = smooth_pictures(1)[0]
     image = sample.images["image"]
     pixels = image.pixels.masked_fill(~image.valid, torch.nan)
     view = WholeImage()(sample.with_image(replace(image, pixels=pixels)), torch.Generator())
     assert view["valid"].equal(image.valid)
     assert view["image"][:, image.valid].equal(image.pixels[:, image.valid])
-    assert not view["image"][:, ~image.valid].any()
+    low = image.pixels[:, image.valid].min()
+    assert view["image"][:, ~image.valid].unique().tolist() == [low.item()]
 
 
 def test_the_view_of_a_training_is_what_is_scored():
     samples = smooth_pictures(3)
     views = [WholeImage()(sample, torch.Generator())["image"] for sample in samples]
-    assert torch.stack(views).equal(filled(collate(samples).images["image"]))
+    images = collate(samples).images["image"]
+    assert torch.stack(views).equal(filled(images.pixels, images.valid))
+
+
+def test_each_channel_of_each_image_has_a_low_end_of_its_own_and_nothing_has_0():
+    pixels = torch.tensor([[[3.0, 1.0, -9.0], [5.0, 7.0, 8.0]], [[torch.nan] * 3, [2.0] * 3]])
+    valid = torch.tensor([[True, True, False], [False, False, False]])
+    assert filled(pixels, valid).tolist() == [
+        [[3.0, 1.0, 1.0], [5.0, 7.0, 5.0]],
+        [[0.0] * 3, [0.0] * 3],
+    ]
 
 
 def test_the_mean_is_over_valid_positions_of_each_item():
@@ -67,7 +78,7 @@ def test_images_are_scored_without_their_padding():
     assert maps[images.valid].equal(images.pixels[:, 0][images.valid])
 
 
-def test_what_is_not_valid_is_0_whatever_it_held():
+def test_what_is_not_valid_is_the_low_end_whatever_it_held():
     sample = smooth_pictures(1)[0]
     image = sample.images["image"]
     image.pixels[:, ~image.valid] = torch.nan
@@ -75,7 +86,8 @@ def test_what_is_not_valid_is_0_whatever_it_held():
     (_, pixels, valid), _ = by_size(batch)
     assert valid.equal(image.valid[None])
     assert pixels[0, :, image.valid].equal(image.pixels[:, image.valid])
-    assert not pixels[0, :, ~image.valid].any()
+    low = image.pixels[:, image.valid].min()
+    assert pixels[0, :, ~image.valid].unique().tolist() == [low.item()]
 
 
 def test_scores_and_maps_go_back_to_the_rows_of_their_images():
@@ -83,8 +95,8 @@ def test_scores_and_maps_go_back_to_the_rows_of_their_images():
     images = collate(samples).images["image"]
     found = scored_by_size(images, lambda pixels, valid: (pixels.flatten(1).sum(1), pixels[:, 0]))
     expected = [
-        torch.where(own, one, 0).sum()
-        for one, own in zip(images.pixels[:, 0], images.valid, strict=True)
+        torch.where(own, one, one[own].min())[: size[0], : size[1]].sum()
+        for one, own, size in zip(images.pixels[:, 0], images.valid, images.sizes, strict=True)
     ]
     torch.testing.assert_close(found.score, torch.stack(expected))
     assert found.maps["image"].isnan().equal(~images.valid)

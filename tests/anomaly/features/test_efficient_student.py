@@ -22,6 +22,7 @@ from anomaly.features.efficient_student import (
 from anomaly.features.small_teacher import SmallTeacher, chosen
 from anomaly.learning import LearnedDetector
 from anomaly.selection import Selection
+from anomaly.valid import filled
 from medssl.data.sample import collate
 from medssl.models.timm_encoder import TimmEncoder
 from medssl.models.vit3d import ViT3DEncoder
@@ -145,7 +146,7 @@ def test_what_the_student_learns_is_standardized(fitted):
     normal = NormalData(EfficientStudent.example()[1][:-3])
     training, _ = Selection(share=fitted.held_out).split(normal, seed=0)
     images = collate([training[i] for i in range(len(training))]).images["image"]
-    taught = fitted.trainable.taught(images.pixels * images.valid[:, None])
+    taught = fitted.trainable.taught(filled(images.pixels, images.valid))
     rows = chosen(taught, images.valid)
     torch.testing.assert_close(rows.mean(0), torch.zeros(8), atol=1e-4, rtol=0)
     torch.testing.assert_close(rows.std(0, correction=0), torch.ones(8), atol=1e-4, rtol=0)

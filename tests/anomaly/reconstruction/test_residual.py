@@ -66,7 +66,7 @@ def test_an_image_is_shown_without_the_padding_of_its_batch():
     assert together.maps["image"][1, :, 5:].isnan().all()
 
 
-def test_invalid_pixels_are_shown_as_zero_whatever_they_hold():
+def test_invalid_pixels_are_shown_as_the_low_end_whatever_they_hold():
     valid = torch.ones(6, 9, dtype=torch.bool)
     valid[:2] = False
     pixels = noise(6, 9)
@@ -74,7 +74,7 @@ def test_invalid_pixels_are_shown_as_zero_whatever_they_hold():
     clean = detector.predict(collate([picture(pixels, valid)]))
     pixels[:2] = torch.nan
     found = detector.predict(collate([picture(pixels, valid)]))
-    assert (detector.shown[1][0, 0, :2] == 0).all()
+    assert (detector.shown[1][0, 0, :2] == pixels[2:].min()).all()
     assert found.score.equal(clean.score)
     assert found.maps["image"][0].isnan().equal(~valid)
 
