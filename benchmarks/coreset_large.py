@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=80_000)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
+    given.dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(given.threads)
     features = written(given.dir / f"patches_{given.rows}.bin", given.rows)
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))

@@ -124,7 +124,7 @@ class ColoredFPFH(Detector):
 
     def selftest(self, noise: Tensor) -> Tensor:
         """As of `Detector`, with points at the distance that was normal."""
-        return self.predict(rgbd_noise(noise, self.geometry)).score
+        return self.predict(rgbd_noise(noise, self.geometry.spacing)).score
 
     def _distance(self, color: FeatureGrid, geometry: FeatureGrid) -> Tensor:
         """(B, h, w) of each cell to the bank, NaN where neither is valid."""

@@ -16,7 +16,6 @@ from anomaly.maps import outside_is_nan
 from anomaly.multimodal.modalities import (
     ColorFeatures,
     FeatureGrid,
-    GeometryFeatures,
     cell_maps,
     example_features,
     has_color,
@@ -26,6 +25,7 @@ from anomaly.multimodal.modalities import (
     same_grid,
     valid_pixels,
 )
+from anomaly.multimodal.relief import Geometry
 from anomaly.selection import Selection
 from anomaly.valid import largest
 from medssl.data.image import Image, pixel_affine
@@ -71,7 +71,7 @@ class CrossmodalMapping(LearnedDetector):
         self,
         *,
         color: ColorFeatures,
-        geometry: GeometryFeatures,
+        geometry: Geometry,
         sigma: float = 4.0,
         plan: TrainingPlan | None = None,
         selection: Selection | None = None,
@@ -145,7 +145,7 @@ class CrossmodalMapping(LearnedDetector):
 
     def selftest(self, noise: Tensor) -> Tensor:
         """As of `Detector`, with points at the distance that was normal."""
-        return self.predict(rgbd_noise(noise, self.geometry)).score
+        return self.predict(rgbd_noise(noise, self.geometry.spacing)).score
 
     def _both(self, batch: Batch) -> tuple[FeatureGrid, FeatureGrid]:
         lacking = (~(has_color(batch) & has_geometry(batch))).tolist()

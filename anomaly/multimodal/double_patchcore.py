@@ -19,13 +19,13 @@ from anomaly.multimodal.bank import scores_from
 from anomaly.multimodal.fusion import ModalityScores, ScoreFusion
 from anomaly.multimodal.modalities import (
     ColorFeatures,
-    GeometryFeatures,
     ModalityName,
     example_features,
     noise_shape,
     rgbd_noise,
     same_grid,
 )
+from anomaly.multimodal.relief import Geometry
 from medssl.data.sample import Batch, Sample
 
 
@@ -53,7 +53,7 @@ class DoublePatchCore(Detector):
         self,
         *,
         color: ColorFeatures | None,
-        geometry: GeometryFeatures | None,
+        geometry: Geometry | None,
         coreset_ratio: float = 0.1,
         sigma: float = 4.0,
         seed: int = 0,
@@ -103,10 +103,12 @@ class DoublePatchCore(Detector):
 
     def selftest(self, noise: Tensor) -> Tensor:
         """As of `Detector`, with points at the distance that was normal."""
-        return self.predict(rgbd_noise(noise, self.geometry)).score
+        return self.predict(
+            rgbd_noise(noise, None if self.geometry is None else self.geometry.spacing)
+        ).score
 
-    def _parts(self) -> list[tuple[ModalityName, ColorFeatures | GeometryFeatures]]:
-        parts: list[tuple[ModalityName, ColorFeatures | GeometryFeatures]] = []
+    def _parts(self) -> list[tuple[ModalityName, ColorFeatures | Geometry]]:
+        parts: list[tuple[ModalityName, ColorFeatures | Geometry]] = []
         if self.color is not None:
             parts.append(("color", self.color))
         if self.geometry is not None:

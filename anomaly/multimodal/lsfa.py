@@ -18,13 +18,13 @@ from anomaly.multimodal.fusion import ModalityScores, ScoreFusion
 from anomaly.multimodal.modalities import (
     ColorFeatures,
     FeatureGrid,
-    GeometryFeatures,
     ModalityName,
     example_features,
     noise_shape,
     rgbd_noise,
     same_grid,
 )
+from anomaly.multimodal.relief import Geometry
 from anomaly.selection import Selection
 from medssl.data.image import Image, pixel_affine
 from medssl.data.modality import Modality
@@ -82,7 +82,7 @@ class LSFA(LearnedDetector):
         self,
         *,
         color: ColorFeatures,
-        geometry: GeometryFeatures,
+        geometry: Geometry,
         num_heads: int = 12,
         terms: Terms | None = None,
         coreset_ratio: float = 0.1,
@@ -164,7 +164,7 @@ class LSFA(LearnedDetector):
 
     def selftest(self, noise: Tensor) -> Tensor:
         """As of `Detector`, with points at the distance that was normal."""
-        return self.predict(rgbd_noise(noise, self.geometry)).score
+        return self.predict(rgbd_noise(noise, self.geometry.spacing)).score
 
     def _grids(self, batch: Batch) -> dict[ModalityName, FeatureGrid]:
         return {"color": self.color(batch), "geometry": self.geometry(batch)}

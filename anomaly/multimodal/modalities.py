@@ -4,11 +4,11 @@ FPFH averaged per cell beside the features of a network is the pairing of BTF (H
 CVPR workshops 2023, https://arxiv.org/abs/2203.05550).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, sqrt
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,12 @@ def cell_maps(cells: Tensor, batch: Batch, valid: Tensor, *, sigma: float) -> Te
     return maps
 
 
-def same_grid(color: "ColorFeatures | None", geometry: "GeometryFeatures | None") -> None:
+class _Cells(Protocol):
+    @property
+    def grid(self) -> list[int]: ...
+
+
+def same_grid(color: _Cells | None, geometry: _Cells | None) -> None:
     """Raises ValueError where the cells of the two are not the same, or where there is neither."""
     grids = [one.grid for one in (color, geometry) if one is not None]
     if not grids or grids[0] != grids[-1]:
@@ -96,14 +101,14 @@ def noise_shape(color: "ColorFeatures | None", image: Sequence[int]) -> tuple[in
     return (2, channels + 1, *image[-2:])
 
 
-def rgbd_noise(noise: Tensor, geometry: "GeometryFeatures | None") -> Batch:
+def rgbd_noise(noise: Tensor, spacing: Tensor | None) -> Batch:
     """A batch around bare noise (B, C + 1, H, W): C channels of a picture, and a relief.
 
-    geometry: fitted; neighboring points are a fifth of its radius apart, the relief is in units of
-        that, and 100 of them away.
+    spacing: of neighboring points, (1,); the relief is in units of it, and 100 of them away. None
+        leaves the points out.
     """
     batch = noise_batch(noise[:, :-1], "HW")
-    if geometry is None:
+    if spacing is None:
         return batch
     image = batch.images["image"]
     height, width = noise.shape[2:]
@@ -113,7 +118,7 @@ def rgbd_noise(noise: Tensor, geometry: "GeometryFeatures | None") -> Batch:
     xyz = torch.stack([torch.stack([x, y, 100 + relief]) for relief in noise[:, -1]])
     organized = replace(
         image,
-        pixels=xyz * (geometry.radius_.to(noise) / _SPACINGS),
+        pixels=xyz * spacing.to(noise),
         modalities=(Modality.DEPTH,) * len(noise),
     )
     return replace(batch, images={"image": image, "xyz": organized})
@@ -173,13 +178,13 @@ class ColorFeatures(nn.Module):
             if shown:
                 at = [rows[i] for i in shown]
                 valid[at] = valid_patches(inside[shown], self.grid)
-                features[at] = self._described(pixels[shown])
+                features[at] = self.described(pixels[shown])
         features = torch.where(valid[..., None], features, 0.0)
         check_finite(features, batch.items)
         return FeatureGrid(features=features, valid=valid)
 
-    def _described(self, pixels: Tensor) -> Tensor:
-        """Features (b, h, w, E) of pictures (b, C, H, W) of one size."""
+    def described(self, pixels: Tensor) -> Tensor:
+        """Features (b, h, w, E) of pictures (b, C, H, W) of one size, once fitted."""
         units = patch_grid(self.encoder, pixels, self.layers, window=3).movedim(-1, 1)
         shift = 2 * self.offset_.flip(0) / pixels.new_tensor(pixels.shape[:1:-1])  # x, y
         theta = torch.cat([torch.eye(2).to(shift), -shift[:, None]], dim=1)
@@ -234,6 +239,11 @@ class GeometryFeatures(nn.Module):
             self.descriptor.eval()
         return self
 
+    @property
+    def spacing(self) -> Tensor:
+        """(1,) distance of points that are neighbors, taken for a fifth of the radius."""
+        return self.radius_ / _SPACINGS
+
     @torch.no_grad()
     def fit(self, normal: NormalData) -> Self:
         """Learn the radius, where none was given.
@@ -246,12 +256,10 @@ class GeometryFeatures(nn.Module):
             return self
         spacings = []
         for batch in normal.batches():
-            xyz, valid = _images(batch, "geometry"), valid_pixels(batch, "geometry")
-            for pixels, inside, size in zip(xyz.pixels, valid, xyz.sizes, strict=True):
-                points = self._chosen(pixels, inside, size)[0]
-                if len(points) > 1:
-                    near = nearest_points(points[None], points[None], 2)[0]
-                    spacings.append(near[0, :, 1].median())
+            for xyz, valid in organized(batch):
+                points = self._chosen(xyz, valid)[0]
+                if len(points.unique(dim=0)) > 1:
+                    spacings.append(spacing_of(points))
         if not spacings:
             raise ValueError(
                 f"none of the {len(normal)} normal items has organized points; give an xyz image "
@@ -268,13 +276,11 @@ class GeometryFeatures(nn.Module):
         """
         if self.radius_.numel() == 0:
             raise RuntimeError("GeometryFeatures is not fitted (radius_ is empty); call fit first")
-        xyz = _images(batch, "geometry").to(self.radius_.device)
-        inside = valid_pixels(batch, "geometry").to(self.radius_.device)
         h, w = self.grid
         features = torch.zeros(len(batch), h * w, self.width, device=self.radius_.device)
         counts = torch.zeros(len(batch), h * w, device=self.radius_.device)
-        for i, size in enumerate(xyz.sizes):
-            points, cells = self._chosen(xyz.pixels[i], inside[i], size)
+        for i, (xyz, valid) in enumerate(organized(batch)):
+            points, cells = self._chosen(xyz.to(counts.device), valid.to(counts.device))
             if len(points):
                 described = self._described(points)
                 counts[i] = cells.bincount(minlength=h * w)
@@ -286,10 +292,10 @@ class GeometryFeatures(nn.Module):
             features=features.unflatten(1, (h, w)), valid=counts.unflatten(1, (h, w)) > 0
         )
 
-    def _chosen(self, xyz: Tensor, valid: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _chosen(self, xyz: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Points (P, 3) of xyz (3, H, W) that are described, and the cell (P,) of each."""
-        height, width = size
-        rows, columns = valid[:height, :width].nonzero(as_tuple=True)
+        height, width = valid.shape
+        rows, columns = valid.nonzero(as_tuple=True)
         h, w = self.grid
         cells = (2 * rows + 1) * h // (2 * height) * w + (2 * columns + 1) * w // (2 * width)
         step = ceil(sqrt(len(rows) / self.max_points))
@@ -302,13 +308,39 @@ class GeometryFeatures(nn.Module):
 
     def _described(self, points: Tensor) -> Tensor:
         """(P, E) of points (P, 3)."""
-        normals = estimate_normals(points[None], count=min(_NORMAL_POINTS, len(points)))[0]
-        away = (normals * points).sum(1, keepdim=True) > 0
-        normals = torch.where(away, -normals, normals)
+        points, owner = points.unique(dim=0, return_inverse=True)  # see `sensor_normals`
+        normals = sensor_normals(points, _NORMAL_POINTS)
         if self.descriptor is not None:
-            return cast(Any, self.descriptor).describe(points, normals)
+            return cast(Any, self.descriptor).describe(points, normals)[owner]
         radius, most = float(self.radius_), self.max_neighbors
-        return fpfh(points[None], normals[None], radius=radius, max_neighbors=most)[0]
+        return fpfh(points[None], normals[None], radius=radius, max_neighbors=most)[0][owner]
+
+
+def organized(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each item its xyz (3, H, W) without padding, and where it was measured (H, W) bool.
+
+    Raises ValueError where picture and xyz have not the same grid.
+    """
+    xyz, valid = _images(batch, "geometry"), valid_pixels(batch, "geometry")
+    for pixels, inside, (height, width) in zip(xyz.pixels, valid, xyz.sizes, strict=True):
+        yield pixels[:, :height, :width], inside[:height, :width]
+
+
+def sensor_normals(points: Tensor, count: int) -> Tensor:
+    """Normals (P, 3) of points (P, 3) from `count` neighbors, towards the sensor, the origin.
+
+    Points that are there twice, as where the grid was enlarged, count once.
+    """
+    distinct, owner = points.unique(dim=0, return_inverse=True)
+    normals = estimate_normals(distinct[None], count=min(count, len(distinct)))[0]
+    away = (normals * distinct).sum(1, keepdim=True) > 0
+    return torch.where(away, -normals, normals)[owner]
+
+
+def spacing_of(points: Tensor) -> Tensor:
+    """Median distance () of points (P, 3) to their nearest other place; at least two places."""
+    distinct = points.unique(dim=0)
+    return nearest_points(distinct[None], distinct[None], 2)[0][0, :, 1].median()
 
 
 def _first_of_each(key: Tensor) -> Tensor:
