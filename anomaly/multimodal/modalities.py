@@ -208,7 +208,8 @@ class GeometryFeatures(nn.Module):
     max_points: of an item with more, an even choice of about so many is described: the first valid
         one of each square of pixels, and one more of each cell that is left without.
     descriptor: takes the place of FPFH: its `describe(points (P, 3), normals (P, 3))` gives (P, E),
-        and `embedding_dim` is E.
+        and `embedding_dim` is E. Also the folder of a Point-MAE encoder that `medssl pretrain`
+        wrote; it stays frozen.
     """
 
     def __init__(
@@ -218,7 +219,7 @@ class GeometryFeatures(nn.Module):
         radius: float | None = None,
         max_neighbors: int = 100,
         max_points: int = 20_000,
-        descriptor: nn.Module | None = None,
+        descriptor: nn.Module | Path | None = None,
     ) -> None:
         super().__init__()
         if radius is not None and radius <= 0:
@@ -227,8 +228,9 @@ class GeometryFeatures(nn.Module):
             raise ValueError(f"max_points must be at least 1, got {max_points}")
         self.grid = _checked_grid(grid)
         self.radius, self.max_neighbors, self.max_points = radius, max_neighbors, max_points
-        self.descriptor = descriptor if descriptor is None else descriptor.eval()
-        self.width = 3 * BINS if descriptor is None else int(cast(Any, descriptor).embedding_dim)
+        given = _point_encoder(descriptor) if isinstance(descriptor, Path) else descriptor
+        self.descriptor = given if given is None else given.eval()
+        self.width = 3 * BINS if given is None else int(cast(Any, given).embedding_dim)
         self.register_buffer("radius_", torch.empty(0))  # (1,) in the unit of the points
         self.radius_: Tensor
 
@@ -362,6 +364,16 @@ def _images(batch: Batch, modality: ModalityName) -> ImageBatch:
             "geometry to the preprocessing, which brings both to its size"
         )
     return xyz
+
+
+def _point_encoder(folder: Path) -> Encoder:
+    encoder = load_encoder(folder)
+    if encoder.axes != "points":
+        raise ValueError(
+            f"descriptor needs an encoder of points, such as of Point-MAE; {folder.name} holds one "
+            f"of axes {encoder.axes}"
+        )
+    return frozen(encoder)
 
 
 def _checked_grid(grid: Sequence[int]) -> list[int]:

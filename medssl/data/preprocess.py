@@ -103,14 +103,18 @@ class Preprocessing:
         return self.size
 
     def sample(self, sample: Sample) -> Sample:
-        """The sample with its images and points preprocessed and its mask on the same grid."""
+        """The sample with its images and points preprocessed and its mask on the same grid.
+
+        Without `geometry`, the xyz beside a picture is left out: it would stay on its own grid.
+        """
         if sample.points is not None:
             if self.geometry is None:
                 raise ValueError("a free point cloud has no picture to preprocess; leave it out")
             return replace(sample, points=self.geometry.of_cloud(sample.points))
         images = {**sample.images, "image": self(sample.images["image"])}
-        if "xyz" in images and self.geometry is not None:
-            images |= self._with_geometry(images["image"], images["xyz"])
+        xyz = images.pop("xyz", None)
+        if xyz is not None and self.geometry is not None:
+            images |= self._with_geometry(images["image"], xyz)
         mask = sample.mask
         if mask is not None:
             mask = resample(mask, to=images["image"], mode="nearest", outside=0.0)

@@ -301,3 +301,14 @@ def test_a_slab_needs_slices_and_their_distance_a_spacing():
         slab(image(torch.zeros(1, 2, 2)))
     with pytest.raises(ValueError, match="needs a volume with a spacing"):
         slab(numbered_slices())
+
+
+def test_xyz_beside_a_picture_is_dropped_by_preprocessing_without_geometry():
+    xyz = replace(
+        image(torch.ones(3, 6, 8), modality=Modality.DEPTH, value_range=None),
+        channels=("x", "y", "z"),
+    )
+    both = Sample(item="part", images={"image": image(torch.zeros(3, 6, 8)), "xyz": xyz})
+    prepared = Preprocessing(size=(3, 4), intensity="range").sample(both)
+    assert set(prepared.images) == {"image"}
+    assert set(both.images) == {"image", "xyz"}

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,15 @@ from anomaly.multimodal.modalities import (
     same_grid,
     valid_pixels,
 )
+from medssl.data.geometry_steps import Geometry
+from medssl.data.preprocess import Preprocessing
 from medssl.data.sample import Sample, collate
+from medssl.models.encoder import Encoder
+from medssl.models.folder import describe, save_model, selftest_noise
 from medssl.models.fpfh import fpfh
+from medssl.models.point_transformer import PointTransformer
 from medssl.models.points import estimate_normals
+from medssl.models.timm_encoder import TimmEncoder
 
 
 def colors(**arguments: object) -> ColorFeatures:
@@ -240,3 +247,33 @@ def test_grids_that_differ_are_refused():
 def test_a_grid_is_two_positive_numbers(arguments):
     with pytest.raises(ValueError, match="grid is the two numbers"):
         GeometryFeatures(**arguments)
+
+
+def saved(folder: Path, encoder: Encoder, noise: torch.Tensor) -> Path:
+    return save_model(
+        folder,
+        encoder,
+        kind="encoder",
+        preprocessing=Preprocessing(size=(32, 32), intensity="range", geometry=Geometry()),
+        domain={},
+        card="",
+        noise=selftest_noise(noise.shape),
+    )
+
+
+def test_the_folder_of_a_point_encoder_describes_as_the_encoder_itself(tmp_path):
+    encoder, cloud = PointTransformer.example()
+    folder = saved(tmp_path / "encoder", encoder.eval(), cloud)
+    batch, normal = collate([scene(1)]), NormalData([scene(0)])
+    given = GeometryFeatures(grid=(8, 6), descriptor=encoder).fit(normal)
+    loaded = GeometryFeatures(grid=(8, 6), descriptor=folder).fit(normal)
+    assert torch.equal(loaded(batch).features, given(batch).features)
+    assert describe(loaded) == describe(given)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_the_folder_of_a_picture_encoder_is_refused(tmp_path):
+    encoder = TimmEncoder("test_resnet", in_channels=3).eval()
+    folder = saved(tmp_path / "encoder", encoder, torch.randn(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="descriptor needs an encoder of points"):
+        GeometryFeatures(grid=(8, 6), descriptor=folder)
