@@ -41,8 +41,8 @@ class Terms:
     global_alignment: float = 0.1
     temperature: float = 1.0
     head_width: int = 512
-    num_cells: int = 128
-    memory_cells: int = 8192
+    num_cells: int = 512
+    memory_cells: int = 16384
     memory_items: int = 256
 
     def __post_init__(self) -> None:

@@ -57,16 +57,16 @@ class LSFA(LearnedDetector):
     terms: of the loss.
     coreset_ratio: share of its own normal cells that each bank keeps.
     sigma: of the Gaussian on each modality's map, in pixels.
-    plan, selection, seed: as of `LearnedDetector`; without a plan, a minute on one core for small
+    plan, selection, seed: as of `LearnedDetector`; without a plan, minutes on one core for small
         sets. The seed is also of the held-out items and of the first pick of each coreset.
-    Differs from the paper: FPFH takes the place of Point-MAE unless `geometry` has a descriptor;
-    one number for each modality brings its features to unit spread; an adaptor begins as the
-    identity, so that without training this is DoublePatchCore, and little training on few parts
-    changes little; `num_cells` of each item are drawn for the terms of cells, not all; items are
-    compared with the means of other items, not with centroids of cells; both memories are queues of
-    adapted features, full before the first step, in which nothing is compared with its own part;
-    each modality is standardized by its own normal scores and they are added, where the authors fit
-    a one-class SVM; the score of a modality is its largest distance, not weighed by the
+    Differs from the paper: FPFH or a relief takes the place of Point-MAE unless `geometry` has a
+    descriptor; one number for each modality brings its features to unit spread; an adaptor begins
+    as the identity, so that without training this is DoublePatchCore, and little training on few
+    parts changes little; `num_cells` of each item are drawn for the terms of cells, not all; items
+    are compared with the means of other items, not with centroids of cells; both memories are
+    queues of adapted features, full before the first step, in which nothing is compared with its
+    own part; each modality is standardized by its own normal scores and they are added, where the
+    authors fit a one-class SVM; the score of a modality is its largest distance, not weighed by the
     neighborhood; under torchrun each process aligns the cells of its own share of a batch. Weights,
     temperature and learning rate are about those of the published script, whose term of rotated
     tiles is left out.

@@ -183,17 +183,17 @@ def test_the_selftest_shows_noise_in_both_modalities(detector):
 
 
 @pytest.mark.parametrize(
-    ("config", "kind"),
+    ("config", "kind", "side"),
     [
-        ("double_patchcore_rgbd", DoublePatchCore),
-        ("btf_rgbd", ColoredFPFH),
-        ("crossmodal_rgbd", CrossmodalMapping),
+        ("double_patchcore_rgbd", DoublePatchCore, 64),
+        ("btf_rgbd", ColoredFPFH, 28),
+        ("crossmodal_rgbd", CrossmodalMapping, 28),
     ],
 )
-def test_the_configs_give_a_detector_of_color_and_geometry(config, kind):
+def test_the_configs_give_a_detector_of_color_and_geometry(config, kind, side):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_function_arguments(fit, skip={"data", "out"}, as_group=False)
     made = parser.instantiate(parser.parse_path(ROOT / f"configs/fit/{config}.yaml"))
     assert type(made.detector) is kind
-    assert made.detector.color.grid == made.detector.geometry.grid == [28, 28]
+    assert made.detector.color.grid == made.detector.geometry.grid == [side, side]
     assert made.preprocessing.geometry is not None

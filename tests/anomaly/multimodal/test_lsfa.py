@@ -22,6 +22,7 @@ from anomaly.multimodal.adaptation import Adaptation, Terms, contrast
 from anomaly.multimodal.double_patchcore import DoublePatchCore
 from anomaly.multimodal.lsfa import LSFA
 from anomaly.multimodal.modalities import ColorFeatures, GeometryFeatures
+from anomaly.multimodal.relief import ReliefFeatures
 from anomaly.selection import Selection
 from medssl.data.sample import Sample, collate
 from medssl.training import TrainingPlan
@@ -300,7 +301,8 @@ def test_the_config_gives_a_detector_of_color_and_geometry():
     parser.add_function_arguments(fit, skip={"data", "out"}, as_group=False)
     made = parser.instantiate(parser.parse_path(ROOT / "configs/fit/lsfa_rgbd.yaml"))
     assert type(made.detector) is LSFA
-    assert made.detector.color.grid == made.detector.geometry.grid == [28, 28]
+    assert made.detector.color.grid == made.detector.geometry.grid == [64, 64]
+    assert type(made.detector.geometry) is ReliefFeatures
     assert made.detector.terms == Terms()
     assert made.detector.plan == of(plan=None).plan
     assert made.preprocessing.geometry is not None
