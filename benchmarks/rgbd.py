@@ -5,9 +5,10 @@ python benchmarks/rgbd.py --weights FILE --out DIR [--methods NAME ...] [--seeds
 FILE: a state dict of timm's mobilenetv2_100, ImageNet. 80 normal parts fit a detector, 20 of them
 for its scales; 60 normal parts and 20 with each of seven defects test it. What describes the cells
 is computed once, as nothing changes it. Scores land in DIR, one file per method and seed; what is
-there is not made again. Prints the table of all that is there: image AUROC, mean over seeds, with a
-95 % bootstrap of parts; how far LSFA is ahead, in the same draws; image AUROC and pixel AUROC of
-each defect against the normal parts. --development: the other seeds, on which settings were chosen.
+there is not made again, so take another DIR for other weights. Prints the table of all that is
+there: image AUROC, mean over seeds, with a 95 % bootstrap of parts; how far LSFA is ahead, in the
+same draws; image AUROC and pixel AUROC of each defect against the normal parts. --development: the
+other seeds, on which settings were chosen.
 """
 
 import argparse
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--development", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    given.out /= "development" if given.development else "frozen"
     given.out.mkdir(parents=True, exist_ok=True)
     wanted = [(name, seed) for name in given.methods for seed in range(given.seeds)]
     missing = [one for one in wanted if not _place(given.out, *one).exists()]

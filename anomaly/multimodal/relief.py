@@ -32,7 +32,7 @@ _SPREAD = 2.0  # of the picture's values, about that of a standardized photograp
 class ReliefFeatures(nn.Module):
     """A frozen network's features of a picture of the points' normals, on the grid of cells.
 
-    The three channels are the tilts along rows and along columns, against the median normal of the
+    The three channels are the tilts along the sensor's x and y, against the median normal of the
     item, and the height along it above the median. What was not measured is flat.
 
     encoder, layers, grid: as of `ColorFeatures`; of three channels.

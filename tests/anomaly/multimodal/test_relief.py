@@ -40,8 +40,7 @@ def test_a_plane_is_flat_however_it_lies():
 
 @pytest.mark.parametrize(("axis", "channel"), [(1, 0), (0, 1)])
 def test_the_tilt_of_a_ramp_beside_a_plane_is_its_sine(axis, channel):
-    """z grows by 0.05 a step from the middle third on: the normal, towards the sensor, leans by
-    -sin(atan 0.05) the other way."""
+    """z grows by 0.05 a step in the last third: the normal leans by the sine of atan 0.05."""
     z = torch.full((48, 48), 100.0)
     step = 0.05 * (torch.arange(48.0) - 32).clamp_min(0)
     z += step if axis else step[:, None]
@@ -142,7 +141,16 @@ def test_a_shallow_dent_is_found():
     assert cone[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].any()
 
 
-def test_arguments_come_back_from_a_model_folder():
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_item_of_one_or_two_points_is_flat(count):
+    valid = torch.zeros(32, 24, dtype=torch.bool)
+    valid[3, 4 : 4 + count] = True
+    found = relief()(collate([scene(1, xyz_valid=valid)]))
+    assert found.features.isfinite().all()
+    assert found.valid.sum() == 1
+
+
+def test_a_model_folder_holds_its_arguments():
     made = ReliefFeatures(MeanColor(), layers=["0"], grid=(8, 6), slope=0.3, num_neighbors=12)
     told = describe(made)["init_args"]
     assert {name: told[name] for name in ("layers", "grid", "slope", "num_neighbors")} == {
