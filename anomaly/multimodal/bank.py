@@ -1,13 +1,18 @@
-"""What a bank of one modality's normal cells says of a batch."""
+"""A bank of normal cells, and what one modality's says of a batch."""
 
 import torch
 from torch import Tensor
 
-from anomaly.memory import RepeatedSearch
+from anomaly.memory import RepeatedSearch, greedy_coreset
 from anomaly.multimodal.fusion import ModalityScores
 from anomaly.multimodal.modalities import ModalityName, cell_maps, valid_pixels
 from anomaly.valid import largest
 from medssl.data.sample import Batch
+
+
+def bank_of(cells: Tensor, ratio: float, *, seed: int) -> Tensor:
+    """A coreset (M, E) of normal cells (N, E): the share `ratio` of them, at least one."""
+    return cells[greedy_coreset(cells, max(1, int(ratio * len(cells))), seed=seed)]
 
 
 def scores_from(

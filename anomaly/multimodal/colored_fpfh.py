@@ -10,7 +10,8 @@ from torch import Tensor
 
 from anomaly.base import AnomalyMap, Detector, NormalData
 from anomaly.examples import relief_pictures
-from anomaly.memory import greedy_coreset, nearest
+from anomaly.memory import nearest
+from anomaly.multimodal.bank import bank_of
 from anomaly.multimodal.fusion import missing
 from anomaly.multimodal.modalities import (
     ColorFeatures,
@@ -97,8 +98,7 @@ class ColoredFPFH(Detector):
             ]
         )
         cells /= self.scale_
-        count = max(1, int(self.coreset_ratio * len(cells)))
-        self.bank_ = cells[greedy_coreset(cells, count, seed=self.seed)]
+        self.bank_ = bank_of(cells, self.coreset_ratio, seed=self.seed)
         return self
 
     @torch.no_grad()

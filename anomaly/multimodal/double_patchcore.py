@@ -14,8 +14,8 @@ from torch import Tensor
 
 from anomaly.base import AnomalyMap, Detector, NormalData
 from anomaly.examples import relief_pictures
-from anomaly.memory import RepeatedSearch, greedy_coreset
-from anomaly.multimodal.bank import scores_from
+from anomaly.memory import RepeatedSearch
+from anomaly.multimodal.bank import bank_of, scores_from
 from anomaly.multimodal.fusion import ModalityScores, ScoreFusion
 from anomaly.multimodal.modalities import (
     ColorFeatures,
@@ -85,8 +85,7 @@ class DoublePatchCore(Detector):
         for _, features in self._parts():
             features.fit(training)
         for name, cells in self._cells(training).items():
-            count = max(1, int(self.coreset_ratio * len(cells)))
-            bank = cells[greedy_coreset(cells, count, seed=self.seed)]
+            bank = bank_of(cells, self.coreset_ratio, seed=self.seed)
             self.register_buffer(f"{name}_bank_", bank)
         self.fusion.fit(self._found(batch) for batch in held_out.batches())
         return self

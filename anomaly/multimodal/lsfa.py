@@ -11,9 +11,9 @@ from torch import Tensor
 from anomaly.base import AnomalyMap, NormalData
 from anomaly.examples import relief_pictures
 from anomaly.learning import LearnedDetector, Trial, device_of
-from anomaly.memory import RepeatedSearch, greedy_coreset
+from anomaly.memory import RepeatedSearch
 from anomaly.multimodal.adaptation import MODALITIES, Adaptation, Terms
-from anomaly.multimodal.bank import scores_from
+from anomaly.multimodal.bank import bank_of, scores_from
 from anomaly.multimodal.fusion import ModalityScores, ScoreFusion
 from anomaly.multimodal.modalities import (
     ColorFeatures,
@@ -147,8 +147,7 @@ class LSFA(LearnedDetector):
         assert self._held_out is not None
         for name in MODALITIES:
             cells = self._cells(name)
-            count = max(1, int(self.coreset_ratio * len(cells)))
-            bank = cells[greedy_coreset(cells, count, seed=self.seed)]
+            bank = bank_of(cells, self.coreset_ratio, seed=self.seed)
             self.register_buffer(f"{name}_bank_", bank)
         self.fusion.fit(self._found(batch) for batch in self._held_out.batches())
 

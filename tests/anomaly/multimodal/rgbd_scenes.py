@@ -104,6 +104,15 @@ def damaged(sample: Sample, cell: tuple[int, int], *roles: str) -> Sample:
     return sample
 
 
+def spoiled(sample: Sample, rubbish: float) -> Sample:
+    """The sample with `rubbish` in every pixel that is not valid."""
+    for role, image in sample.images.items():
+        assert image.valid is not None
+        pixels = torch.where(image.valid, image.pixels, rubbish)
+        sample = sample.with_image(replace(image, pixels=pixels), role)
+    return sample
+
+
 def without(sample: Sample, modality: str) -> Sample:
     """The sample as it is where no depth camera, or no color camera, was there."""
     if modality == "geometry":

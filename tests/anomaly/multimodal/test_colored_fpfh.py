@@ -1,8 +1,6 @@
-from dataclasses import replace
-
 import pytest
 import torch
-from rgbd_scenes import MeanColor, damaged, peak, scene, without
+from rgbd_scenes import MeanColor, damaged, peak, scene, spoiled, without
 from torch import Tensor
 
 from anomaly.base import NormalData
@@ -88,10 +86,7 @@ def test_invalid_pixels_influence_no_score(detector, rubbish):
     valid = torch.ones(32, 24, dtype=torch.bool)
     valid[:13, :9] = False
     item = scene(50, color_valid=valid, xyz_valid=valid)
-    spoilt = item
-    for role, image in item.images.items():
-        pixels = torch.where(valid, image.pixels, rubbish)
-        spoilt = spoilt.with_image(replace(image, pixels=pixels), role)
+    spoilt = spoiled(item, rubbish)
     clean, found = (detector.predict(collate([one])) for one in (item, spoilt))
     assert found.score.equal(clean.score)
     assert found.maps["image"].isnan().equal(~valid[None])

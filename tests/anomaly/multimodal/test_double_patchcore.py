@@ -1,10 +1,9 @@
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from rgbd_scenes import MeanColor, damaged, noise, peak, scene, without
+from rgbd_scenes import MeanColor, damaged, noise, peak, scene, spoiled, without
 
 from anomaly.base import NormalData
 from anomaly.multimodal.colored_fpfh import ColoredFPFH
@@ -118,10 +117,7 @@ def test_invalid_pixels_influence_no_score(detector, rubbish):
     valid = torch.ones(32, 24, dtype=torch.bool)
     valid[:13, :9] = False
     item = scene(50, color_valid=valid, xyz_valid=valid)
-    spoilt = item
-    for role, image in item.images.items():
-        pixels = torch.where(valid, image.pixels, rubbish)
-        spoilt = spoilt.with_image(replace(image, pixels=pixels), role)
+    spoilt = spoiled(item, rubbish)
     clean, found = (detector.predict(collate([one])) for one in (item, spoilt))
     assert found.score.equal(clean.score)
     torch.testing.assert_close(

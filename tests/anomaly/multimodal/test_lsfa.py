@@ -12,6 +12,7 @@ from rgbd_scenes import (
     noise,
     peak,
     scene,
+    spoiled,
     without,
     xyz_image,
 )
@@ -234,10 +235,8 @@ def test_an_item_without_a_valid_pixel_scores_nan(detector):
 def test_invalid_pixels_influence_no_score(detector, rubbish):
     valid = torch.ones(32, 24, dtype=torch.bool)
     valid[:13, :9] = False
-    item = spoilt = scene(50, color_valid=valid, xyz_valid=valid)
-    for role, image in item.images.items():
-        pixels = torch.where(valid, image.pixels, rubbish)
-        spoilt = spoilt.with_image(replace(image, valid=valid, pixels=pixels), role)
+    item = scene(50, color_valid=valid, xyz_valid=valid)
+    spoilt = spoiled(item, rubbish)
     clean, found = (detector.predict(collate([one])) for one in (item, spoilt))
     assert found.score.equal(clean.score)
 
