@@ -33,6 +33,7 @@ def started(device: str, precision: str, *, sharded: bool = False) -> Any:
     """
     from lightning.fabric import Fabric
 
+    join()
     here = processes_here()
     fabric = Fabric(
         accelerator=device,
@@ -48,9 +49,13 @@ def started(device: str, precision: str, *, sharded: bool = False) -> Any:
 def join() -> None:
     """Make one group of the processes that torchrun has started; alone, or in one, do nothing.
 
-    For work that `started` does not begin. Tensors on GPUs go by NCCL, others by gloo.
+    Tensors on GPUs go by NCCL, others by gloo.
     """
     if processes() > 1 and not dist.is_initialized():
+        # DistributedDataParallel imports it, which keeps a group that is there already for ever:
+        # its threads then meet the end of the interpreter, and abort the process now and then
+        import torch._dynamo
+
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")

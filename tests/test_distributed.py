@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,16 @@ from medssl.distributed import gathered_lists, gathered_unequal, join
 
 SCRIPT = """
 import sys
+from pathlib import Path
 import torch
 import torch.distributed as dist
-from medssl.distributed import gathered_lists, gathered_unequal, join, rank
+from torch.nn.parallel import DistributedDataParallel
+from medssl.distributed import gathered_lists, gathered_unequal, join, leave, rank
+
+def threads_of_the_group():
+    names = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
+    return torch.tensor(sum("gloo" in name for name in names))
+
 join()
 join()  # a second time changes nothing
 me = rank()
@@ -26,7 +34,13 @@ found = {
     "into": gathered_unequal(rows, into=into),
     "room": into,
     "lists": torch.tensor(gathered_lists([me] * (me + 2))),
+    "threads within": threads_of_the_group(),
 }
+network = DistributedDataParallel(torch.nn.Linear(2, 2))
+network(torch.ones(1, 2)).sum().backward()
+del network
+leave()
+found["threads after"] = threads_of_the_group()
 torch.save(found, f"{sys.argv[1]}.{me}.pt")
 """
 
@@ -61,6 +75,14 @@ def test_rows_of_unequal_numbers_come_in_the_order_of_the_processes(found, rank)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_lists_come_one_after_the_other(found, rank):
     assert found[rank]["lists"].tolist() == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are named in /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_thread_of_a_group_outlives_it(found, rank):
+    """One that does may abort the process when the interpreter ends."""
+    assert found[rank]["threads within"] > 0
+    assert found[rank]["threads after"] == 0
 
 
 def test_one_process_gathers_its_own():
