@@ -23,7 +23,6 @@ from rgbd_set import DEFECTS, PartSet, development_set, frozen_set
 from torch import Tensor, nn
 
 from anomaly.base import Detector, NormalData
-from anomaly.multimodal.adaptation import Terms
 from anomaly.multimodal.colored_fpfh import ColoredFPFH
 from anomaly.multimodal.crossmodal import CrossmodalMapping
 from anomaly.multimodal.double_patchcore import DoublePatchCore
@@ -35,7 +34,6 @@ from medssl.data.preprocess import Preprocessing
 from medssl.data.sample import Batch, Sample, collate
 from medssl.metrics import auroc
 from medssl.models.timm_encoder import TimmEncoder
-from medssl.training import TrainingPlan
 
 PREPARE = Preprocessing(
     size=(256, 256),
@@ -74,24 +72,13 @@ class Described(nn.Module):
 
 
 def lsfa(seen: dict[str, Any], seed: int) -> Detector:
-    plan = TrainingPlan(
-        total_samples=800,
-        batch_size=8,
-        learning_rate=3e-4,
-        warmup_samples=80,
-        weight_decay=(0.05, 0.05),
-    )
-    terms = Terms(num_cells=512, memory_cells=16384)
     color, geometry = seen["color"], seen["relief"]
-    return LSFA(
-        color=color, geometry=geometry, num_heads=4, terms=terms, plan=plan, seed=seed, **BANK
-    )
+    return LSFA(color=color, geometry=geometry, num_heads=4, seed=seed, **BANK)
 
 
 def crossmodal(seen: dict[str, Any], seed: int) -> Detector:
-    plan = TrainingPlan(total_samples=4000, batch_size=4, learning_rate=1e-3)
     color, geometry = seen["color"], seen["relief"]
-    return CrossmodalMapping(color=color, geometry=geometry, sigma=4.0, plan=plan, seed=seed)
+    return CrossmodalMapping(color=color, geometry=geometry, sigma=4.0, seed=seed)
 
 
 METHODS: dict[str, Callable[[dict[str, Any], int], Detector]] = {
@@ -143,17 +130,20 @@ def measure(given: argparse.Namespace, missing: Sequence[tuple[str, int]]) -> No
     fpfh = any("FPFH" in name for name, _ in missing)
     seen = described(given.weights, normal, [*normal, *tested], fpfh=fpfh)
     masks = torch.stack([_mask(one) for one in tested])
+    measured = torch.stack([_measured(one) for one in tested])
     for name, seed in missing:
         detector = METHODS[name](seen, seed).fit(NormalData(normal)).eval()
         with torch.inference_mode():
             found = [detector.predict(collate([one])) for one in tested]
         maps = torch.cat([cast(Tensor, one.maps["image"]) for one in found])
+        place = _place(given.out, name, seed)
         np.savez(
-            _place(given.out, name, seed),
+            place.with_name("unfinished.npz"),
             scores=torch.cat([one.score for one in found]).numpy(),
             labels=np.array(labels),
-            pixels=np.array(pixel_aurocs(maps, masks, labels)),
+            pixels=np.array(pixel_aurocs(maps, masks, measured, labels)),
         )
+        place.with_name("unfinished.npz").rename(place)
 
 
 def prepared(parts: PartSet) -> tuple[list[Sample], list[Sample], list[str]]:
@@ -171,7 +161,7 @@ def described(
     network = TimmEncoder("mobilenetv2_100", weights=weights)
     makers: dict[str, Any] = {
         "color": ColorFeatures(network, layers=LAYERS, grid=GRID),
-        "relief": ReliefFeatures(network, layers=LAYERS, grid=GRID, num_neighbors=25),
+        "relief": ReliefFeatures(network, layers=LAYERS, grid=GRID),
     }
     if fpfh:
         makers["fpfh"] = GeometryFeatures(grid=GRID, radius=8.0, max_neighbors=400)
@@ -183,13 +173,19 @@ def described(
     return found
 
 
-def pixel_aurocs(maps: Tensor, masks: Tensor, labels: Sequence[str]) -> list[float]:
-    """Of each kind against the normal parts; pixels without a map are left out."""
+def pixel_aurocs(
+    maps: Tensor, masks: Tensor, measured: Tensor, labels: Sequence[str]
+) -> list[float]:
+    """Of each kind against the normal parts, over the pixels with both color and points.
+
+    They are the same for all methods: one that a method says nothing of has its least value.
+    """
+    maps = torch.where(maps.isnan(), maps[~maps.isnan()].min(), maps)
     good = torch.tensor([not kind for kind in labels])
     found = []
     for kind in KINDS:
         rows = good | torch.tensor([one == kind for one in labels])
-        known = ~maps[rows].isnan()
+        known = measured[rows]
         found.append(auroc(maps[rows][known], masks[rows][known].long()))
     return found
 
@@ -225,6 +221,15 @@ def table(out: Path, seeds: int) -> Iterator[str]:
 
 def _place(out: Path, name: str, seed: int) -> Path:
     return out / f"{name}.{seed}.npz"
+
+
+def _measured(sample: Sample) -> Tensor:
+    """Where there are color and points: (H, W) bool."""
+    found = torch.ones(sample.images["image"].spatial_shape, dtype=torch.bool)
+    for image in sample.images.values():
+        if image.valid is not None:
+            found &= image.valid
+    return found
 
 
 def _mask(sample: Sample) -> Tensor:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from medssl.data.clusters import cloud_clusters
@@ -15,6 +14,7 @@ from medssl.data.image import PointCloud
 from medssl.data.preprocess import Preprocessing
 from medssl.data.sample import Sample
 from medssl.data.writers.points import write_ply, write_points_csv
+from medssl.models.points import point_spacing
 
 _LINKED = 3.0  # spacings of the points that may lie between two of one region
 
@@ -60,21 +60,10 @@ def regions_of_points(found: PointMap, threshold: float) -> tuple[tuple[float, .
     points = found.cloud.points[found.values > threshold]  # NaN is never above
     if len(points) == 0:
         return ()
-    spacing = spacing_of(found.cloud.points[~found.values.isnan()].double().numpy())
-    labels = cloud_clusters(points, _LINKED * spacing)
+    spacing = point_spacing(found.cloud.points[~found.values.isnan()].double())
+    labels = cloud_clusters(points, _LINKED * float(spacing))
     regions = [points[labels == label] for label in range(int(labels.max()) + 1)]
     return tuple((*one.amin(0).tolist(), *one.amax(0).tolist()) for one in regions)
-
-
-def spacing_of(points: NDArray[np.float64]) -> float:
-    """The median distance of a point (P, 3) to its nearest other; 0 where all are in one place."""
-    from scipy.spatial import cKDTree
-
-    if len(points) < 2:
-        return 0.0
-    near = cKDTree(points).query(points, k=2)[0][:, 1]
-    apart = near[near > 0]  # copies of a point tell nothing
-    return float(np.median(apart)) if len(apart) else 0.0
 
 
 def in_own_unit(sample: Sample, preprocessing: Preprocessing) -> Sample:

@@ -24,7 +24,7 @@ from medssl.data.sample import Batch, ImageBatch
 from medssl.models.encoder import Encoder, frozen, output_channels
 from medssl.models.folder import load_encoder
 from medssl.models.fpfh import BINS, fpfh
-from medssl.models.points import estimate_normals, nearest_points
+from medssl.models.points import estimate_normals, point_spacing
 
 ModalityName = Literal["color", "geometry"]
 
@@ -259,9 +259,8 @@ class GeometryFeatures(nn.Module):
         spacings = []
         for batch in normal.batches():
             for xyz, valid in organized(batch):
-                points = self._chosen(xyz, valid)[0]
-                if len(points.unique(dim=0)) > 1:
-                    spacings.append(spacing_of(points))
+                spacings.append(point_spacing(self._chosen(xyz, valid)[0]))
+        spacings = [one for one in spacings if one > 0]
         if not spacings:
             raise ValueError(
                 f"none of the {len(normal)} normal items has organized points; give an xyz image "
@@ -321,11 +320,18 @@ class GeometryFeatures(nn.Module):
 def organized(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each item its xyz (3, H, W) without padding, and where it was measured (H, W) bool.
 
-    Raises ValueError where picture and xyz have not the same grid.
+    Raises ValueError where picture and xyz have not the same grid, and naming an item of which a
+    valid point is not finite.
     """
     xyz, valid = _images(batch, "geometry"), valid_pixels(batch, "geometry")
-    for pixels, inside, (height, width) in zip(xyz.pixels, valid, xyz.sizes, strict=True):
-        yield pixels[:, :height, :width], inside[:height, :width]
+    for i, (height, width) in enumerate(xyz.sizes):
+        pixels, inside = xyz.pixels[i, :, :height, :width], valid[i, :height, :width]
+        if not pixels[:, inside].isfinite().all():
+            raise ValueError(
+                f"item {batch.items[i]} has valid points that are NaN or infinite; mark them as "
+                "not valid"
+            )
+        yield pixels, inside
 
 
 def sensor_normals(points: Tensor, count: int) -> Tensor:
@@ -337,12 +343,6 @@ def sensor_normals(points: Tensor, count: int) -> Tensor:
     normals = estimate_normals(distinct[None], count=min(count, len(distinct)))[0]
     away = (normals * distinct).sum(1, keepdim=True) > 0
     return torch.where(away, -normals, normals)[owner]
-
-
-def spacing_of(points: Tensor) -> Tensor:
-    """Median distance () of points (P, 3) to their nearest other place; at least two places."""
-    distinct = points.unique(dim=0)
-    return nearest_points(distinct[None], distinct[None], 2)[0][0, :, 1].median()
 
 
 def _first_of_each(key: Tensor) -> Tensor:

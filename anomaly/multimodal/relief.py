@@ -21,10 +21,10 @@ from anomaly.multimodal.modalities import (
     GeometryFeatures,
     organized,
     sensor_normals,
-    spacing_of,
 )
 from medssl.data.sample import Batch
 from medssl.models.encoder import Encoder
+from medssl.models.points import point_spacing
 
 _SPREAD = 2.0  # of the picture's values, about that of a standardized photograph
 
@@ -49,7 +49,7 @@ class ReliefFeatures(nn.Module):
         layers: Sequence[str],
         grid: Sequence[int],
         slope: float = 0.1,
-        num_neighbors: int = 30,
+        num_neighbors: int = 25,
     ) -> None:
         super().__init__()
         if slope <= 0:
@@ -64,7 +64,7 @@ class ReliefFeatures(nn.Module):
         self.slope, self.num_neighbors = slope, num_neighbors
         self.width = self.seen.width
         self.register_buffer("spacing_", torch.empty(0))  # (1,) in the unit of the points
-        self.register_buffer("height_", torch.empty(0))  # (1,) root mean square, in that unit
+        self.register_buffer("height_", torch.empty(0))  # (1,) that is shown at tanh(1), likewise
         self.spacing_: Tensor
         self.height_: Tensor
 
@@ -96,20 +96,21 @@ class ReliefFeatures(nn.Module):
         """
         device = self.spacing_.device
         self.seen.fit(normal)
-        spacings, squares = [], []
+        spacings, heights = [], []
         for batch in normal.batches():
             for xyz, valid in organized(batch):
-                points = xyz[:, valid].mT
-                if len(points.unique(dim=0)) > 1:
-                    spacings.append(spacing_of(points))
-                    squares.append(self._frame(points)[1].square().mean())
+                points = xyz[:, valid].mT.to(device)
+                spacing = point_spacing(points)
+                if spacing > 0:
+                    spacings.append(spacing)
+                    heights.append(_spread(self._frame(points)[1]))
         if not spacings:
             raise ValueError(
                 f"none of the {len(normal)} normal items has organized points; give an xyz image "
                 "beside each picture, or fit on color alone"
             )
-        self.spacing_ = torch.stack(spacings).median()[None].to(device)
-        height = torch.stack(squares).mean().sqrt()[None].to(device)
+        self.spacing_ = torch.stack(spacings).median()[None]
+        height = torch.stack(heights).median()[None]
         self.height_ = height.clamp_min(1e-3 * self.spacing_)
         return self
 
@@ -150,12 +151,19 @@ class ReliefFeatures(nn.Module):
         normals = sensor_normals(points, self.num_neighbors)
         middle = F.normalize(normals.median(0).values, dim=0)
         across = torch.zeros_like(middle)
-        across[0] = 1.0
+        across[int(middle[0].abs() > 0.9)] = 1.0  # y of a surface that looks along x
         across = F.normalize(across - across.dot(middle) * middle, dim=0)
         along = torch.linalg.cross(across, middle)  # y where the middle looks at the sensor
         heights = (points - points.mean(0)) @ middle
         tilts = torch.stack([normals @ across, normals @ along], dim=1)
         return tilts, heights - heights.median()
+
+
+def _spread(heights: Tensor) -> Tensor:
+    """Standard deviation () of heights (P,) about 0, by the one in twenty that lies farthest out:
+    a few flying points do not count."""
+    distance = heights.abs().sort().values
+    return distance[(len(distance) - 1) * 19 // 20] / 1.96  # of a normal distribution
 
 
 Geometry = GeometryFeatures | ReliefFeatures

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from anomaly.points.clouds import valid_points
 from medssl.data.image import PointCloud
 from medssl.models.fpfh import fpfh
-from medssl.models.points import estimate_normals, nearest_points
+from medssl.models.points import estimate_normals, point_spacing
 from medssl.models.registration import evenly, register
 
 _SPACINGS = 5.0  # radius of a neighborhood, in spacings of the points
@@ -133,9 +133,6 @@ class Color(PointDescriptor):
 
 
 def _spacing(clouds: Sequence[PointCloud]) -> float:
-    """The median over the clouds of the median distance to the nearest other point."""
-    found = []
-    for points in map(valid_points, clouds):
-        if len(points) > 1:
-            found.append(nearest_points(points[None], points[None], 2)[0][0, :, 1].median())
-    return float(torch.stack(found).median()) if found else 0.0
+    """The median over the clouds of theirs; 0 where none has two places."""
+    found = torch.stack([point_spacing(valid_points(cloud)) for cloud in clouds])
+    return float(found[found > 0].median()) if found.any() else 0.0

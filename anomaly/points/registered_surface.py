@@ -15,7 +15,7 @@ from anomaly.base import AnomalyMap, Detector, NormalData
 from anomaly.examples import bumpy_clouds
 from anomaly.points.clouds import clouds_of, normal_clouds, top_mean, valid_points, with_nan
 from medssl.data.sample import Batch, Sample
-from medssl.models.points import estimate_normals, nearest_points
+from medssl.models.points import estimate_normals, nearest_points, point_spacing
 from medssl.models.registration import evenly, register
 
 _NEAR = 4  # planes that a distance is the mean of
@@ -119,7 +119,7 @@ class RegisteredSurface(Detector):
         whole = Surface.of(torch.cat(laid), self.num_plane)
         self.surface_, self.planes_, self.normals_ = whole.points, whole.planes, whole.normals
         self.num_first_ = torch.tensor([len(first.points)], device=first.points.device)
-        self.spacing_ = _spacing(first.points)[None]
+        self.spacing_ = point_spacing(first.points)[None].clamp_min(1e-30)
         self.around_ = _neighbors(whole.points, _AROUND)[1].int()
         self._learn_spread(laid)
         return self
@@ -215,14 +215,6 @@ def _neighbors(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Distance and index (M, n) of the nearest of points (M, 3), each point its own first."""
     distance, index = nearest_points(points[None], points[None], min(count, len(points)))
     return distance[0], index[0]
-
-
-def _spacing(points: Tensor) -> Tensor:
-    """The median distance to the nearest other of points (M, 3); more than nothing where most have
-    a duplicate."""
-    extent = (points - points.mean(0)).norm(dim=1).amax()
-    smallest = (1e-6 * extent).clamp_min(1e-30)
-    return torch.maximum(_neighbors(points, 2)[0][:, 1].median(), smallest)
 
 
 def _cover(surface: Tensor, points: Tensor) -> Tensor:

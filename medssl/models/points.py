@@ -71,6 +71,18 @@ def nearest_points(
     return _stack(distances, queries, count), _stack(indices, queries, count).long()
 
 
+def point_spacing(points: Tensor) -> Tensor:
+    """The median distance () of points (P, 3) to their nearest other place.
+
+    Points that are there twice, as where a grid was enlarged, count once. 0 of fewer than two
+    places.
+    """
+    places = points.unique(dim=0)
+    if len(places) < 2:
+        return points.new_zeros(())
+    return nearest_points(places[None], places[None], 2)[0][0, :, 1].median()
+
+
 def ball_query(
     queries: Tensor, points: Tensor, radius: float, count: int, *, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

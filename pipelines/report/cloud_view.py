@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.clouds import PointMap, spacing_of
+from medssl.models.points import point_spacing
+from pipelines.clouds import PointMap
 from pipelines.report.overlay import LONGEST, View
 
 Floats = NDArray[np.floating]
@@ -33,9 +34,9 @@ def view_of_cloud(found: PointMap) -> View:
     known = (~found.values.isnan()).numpy()
     if not known.any():
         known[:] = True
-    points = found.cloud.points.double().numpy()[known]
+    places = found.cloud.points.double()[known]
+    apart, points = float(point_spacing(places)), places.numpy()
     values = found.values.numpy()[known]
-    apart = spacing_of(points)
     eye = _best_direction(points, values, apart)
     camera = _camera(eye)
     shot = _Shot.of(points @ camera, LONGEST - 2 * _MARGIN, apart)

@@ -12,6 +12,7 @@ from medssl.models.points import (
     farthest_point_sampling,
     interpolate,
     nearest_points,
+    point_spacing,
 )
 
 
@@ -389,3 +390,13 @@ def test_answers_have_the_type_of_the_points():
     assert estimate_normals(points).dtype == torch.float64
     assert nearest_points(points, points, 2)[0].dtype == torch.float64
     assert nearest_points(points.float(), points.float(), 2)[0].dtype == torch.float32
+
+
+def test_the_spacing_is_of_places_and_not_of_copies():
+    """Six points on a line at 0, 1, 3, 6, 10 and 15: 1, 1, 2, 3, 4, 5 to the nearest other."""
+    points = torch.zeros(6, 3, dtype=torch.float64)
+    points[:, 0] = torch.tensor([0, 1, 3, 6, 10, 15])
+    assert point_spacing(points) == 2  # of an even number the lower middle
+    assert point_spacing(points.repeat(2, 1)) == 2
+    assert point_spacing(points[:1].repeat(4, 1)) == 0
+    assert point_spacing(points[:0]) == 0

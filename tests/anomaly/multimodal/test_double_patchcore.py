@@ -183,7 +183,7 @@ def test_the_selftest_shows_noise_in_both_modalities(detector):
     [
         ("double_patchcore_rgbd", DoublePatchCore, 64),
         ("btf_rgbd", ColoredFPFH, 28),
-        ("crossmodal_rgbd", CrossmodalMapping, 28),
+        ("crossmodal_rgbd", CrossmodalMapping, 64),
     ],
 )
 def test_the_configs_give_a_detector_of_color_and_geometry(config, kind, side):

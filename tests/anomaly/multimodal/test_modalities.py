@@ -197,8 +197,8 @@ def test_a_valid_point_that_is_not_finite_is_refused():
     item = scene(0)
     item.images["xyz"].pixels[2, 3, 3] = torch.nan
     features = GeometryFeatures(grid=(8, 6), radius=5.0).fit(NormalData([item]))
-    with pytest.raises(ValueError, match="not finite"):
-        features(collate([item]))
+    with pytest.raises(ValueError, match="item scene0 has valid points that are NaN"):
+        features(collate([scene(1), item]))
 
 
 def test_normal_items_without_points_are_refused():

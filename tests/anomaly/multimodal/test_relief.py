@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from math import tanh
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from anomaly.base import NormalData
 from anomaly.multimodal.double_patchcore import DoublePatchCore
 from anomaly.multimodal.modalities import ColorFeatures, GeometryFeatures
 from anomaly.multimodal.relief import ReliefFeatures
+from medssl.data.preprocess import Preprocessing
 from medssl.data.sample import Sample, collate
-from medssl.models.folder import describe
+from medssl.models.folder import load_model, save_model, selftest_noise
 
 
 def relief(**arguments: object) -> ReliefFeatures:
@@ -66,6 +68,52 @@ def test_height_is_towards_the_sensor_above_the_median():
         2 * tanh(3 / features.height_.item()), rel=0.01
     )
     assert picture[2, 20:].abs().max() < 0.01
+
+
+def test_flying_points_do_not_flatten_the_heights():
+    """One point in a hundred lies far away; the others are of a normal distribution."""
+    z = 100 + 2 * noise(64, 64, seed=6)
+    features = relief()
+    plane = Sample(item="rough", images={"image": xyz_image(z)})
+    clean = features.fit(NormalData([plane])).height_.item()
+    assert clean == pytest.approx(2, rel=0.05)
+    z.view(-1)[::100] = 9000
+    flying = Sample(item="flying", images={"image": xyz_image(z)})
+    assert features.fit(NormalData([flying])).height_.item() == pytest.approx(clean, rel=0.1)
+
+
+def test_a_surface_that_looks_along_x_has_tilts():
+    """Seen at a grazing angle; a groove across it leans by the sine of atan 0.05."""
+    step = 0.05 * (torch.arange(48.0) - 32).clamp_min(0)
+    y, z = torch.meshgrid(torch.arange(48.0), 100 + torch.arange(48.0), indexing="ij")
+    xyz = torch.stack([200 + step.expand(48, 48), y, z])
+    picture = relief(slope=0.2).picture(xyz, everywhere(xyz))
+    sine = 0.05 / (1 + 0.05**2) ** 0.5
+    inner = picture[:2, 8:40, 40:44].mean(dim=(1, 2)).abs()
+    assert inner.max().item() == pytest.approx(2 * tanh(sine / 0.2), rel=1e-2)
+    assert inner.min() < 0.02
+
+
+def test_items_of_two_sizes_in_one_batch_are_those_alone():
+    features = relief()
+    small, large = scene(4), scene(5, size=(40, 32))
+    both = features(collate([small, large]))
+    for i, item in enumerate((small, large)):
+        alone = features(collate([item]))
+        torch.testing.assert_close(both.features[i], alone.features[0])
+        assert both.valid[i].equal(alone.valid[0])
+
+
+def test_a_valid_point_that_is_nan_is_named_at_once():
+    item = scene(7)
+    xyz = item.images["xyz"]
+    pixels = xyz.pixels.clone()
+    pixels[2, 3, 3] = torch.nan
+    spoilt = item.with_image(replace(xyz, pixels=pixels), "xyz")
+    with pytest.raises(ValueError, match="item scene7 has valid points that are NaN"):
+        relief().fit(NormalData([spoilt]))
+    with pytest.raises(ValueError, match="item scene7 has valid points that are NaN"):
+        relief()(collate([scene(8), spoilt]))
 
 
 def test_what_was_not_measured_is_flat_whatever_it_holds():
@@ -150,16 +198,25 @@ def test_an_item_of_one_or_two_points_is_flat(count):
     assert found.valid.sum() == 1
 
 
-def test_a_model_folder_holds_its_arguments():
-    made = ReliefFeatures(MeanColor(), layers=["0"], grid=(8, 6), slope=0.3, num_neighbors=12)
-    told = describe(made)["init_args"]
-    assert {name: told[name] for name in ("layers", "grid", "slope", "num_neighbors")} == {
-        "layers": ["0"],
-        "grid": [8, 6],
-        "slope": 0.3,
-        "num_neighbors": 12,
-    }
-    assert told["encoder"]["class_path"].endswith("MeanColor")
+def test_a_model_folder_gives_it_back(tmp_path):
+    geometry = relief(slope=0.3, num_neighbors=12)
+    detector = DoublePatchCore(color=None, geometry=geometry, coreset_ratio=1.0, sigma=1.0)
+    detector.fit(NormalData([scene(seed) for seed in range(6)]))
+    folder = save_model(
+        tmp_path / "model",
+        detector,
+        kind="detector",
+        preprocessing=Preprocessing(size=(32, 24), intensity="percentile"),
+        domain={},
+        card="",
+        noise=selftest_noise(detector.selftest_shape((3, 32, 24))),
+    )
+    again: Any = load_model(folder, kind="detector", trust=["rgbd_scenes"]).model
+    told = again.geometry
+    assert (told.slope, told.num_neighbors, told.layers, told.grid) == (0.3, 12, ["0"], [8, 6])
+    assert told.height_.equal(geometry.height_)
+    batch = collate([scene(9)])
+    assert again.predict(batch).score.equal(detector.predict(batch).score)
 
 
 def test_errors_say_what_to_do():
