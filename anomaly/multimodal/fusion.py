@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from anomaly.base import AnomalyMap, NormalData
 from medssl.data.split import split_by_group
 
+_FEW = 8  # scores, below which their spread is not one
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModalityScores:
@@ -30,9 +32,9 @@ class ScoreFusion(nn.Module):
     """The sum of what the modalities say, each less its own mean and over its own spread.
 
     Means and standard deviations are those of normal items held out of what was fitted, one pair
-    for a modality's map and one for its score; of a single held-out item the spread of its map
-    serves for both. A modality that says nothing of a pixel or of an item adds nothing, as if it
-    had said what it says of normal ones on average.
+    for a modality's map and one for its score; of fewer than eight held-out items the spread of the
+    map serves for both, as that of so few scores may be anything. A modality that says nothing of a
+    pixel or of an item adds nothing, as if it had said what it says of normal ones on average.
 
     modalities: their names. share: of the normal items, whole groups, that are held out.
     """
@@ -149,7 +151,7 @@ def _scale(name: str, sums: _Sums, scores: Tensor) -> Tensor:
     mean = sums.total / sums.number
     spread = max(sums.squares / sums.number - mean**2, 0.0) ** 0.5
     score_mean = float(known.mean())
-    score_spread = float(known.std()) if len(known) > 1 else spread
+    score_spread = spread if len(known) < _FEW else float(known.std())
     floors = [1e-6 * abs(value) + 1e-12 for value in (mean, score_mean)]  # where all are equal
     scale = [mean, max(spread, floors[0]), score_mean, max(score_spread, floors[1])]
     return torch.tensor(scale, device=scores.device)

@@ -54,7 +54,7 @@ def test_each_bank_has_its_share_of_its_own_cells():
 
 
 def test_one_modality_alone_is_its_distance_to_the_nearest_normal_cell():
-    samples = normal()
+    samples = normal(32)  # a quarter are held out, enough for a spread
     fitted = of("color", coreset_ratio=1.0, sigma=0.0).fit(samples)
     training, held_out = fitted.fusion.split(samples, seed=0)
 

@@ -63,10 +63,10 @@ def test_the_statistics_are_those_of_all_batches_together():
 def test_the_answer_is_the_sum_of_the_standardized_modalities():
     fusion = fitted(
         {
-            "color": said(torch.tensor([[[1.0, 3.0]]] * 2), torch.tensor([4.0, 8.0])),
-            "geometry": said(torch.tensor([[[10.0, 30.0]]] * 2), torch.tensor([40.0, 80.0])),
+            "color": said(torch.tensor([[[1.0, 3.0]]] * 8), torch.tensor([4.0, 8.0] * 4)),
+            "geometry": said(torch.tensor([[[10.0, 30.0]]] * 8), torch.tensor([40.0, 80.0] * 4)),
         }
-    )  # maps: 2 and 20 with spreads 1 and 10; scores: 6 and 60 with spreads 8^.5 and 800^.5
+    )  # maps: 2 and 20 with spreads 1 and 10; scores: 6 and 60, squares of the spreads 32/7, 3200/7
     found = fusion(
         {
             "color": said(torch.tensor([[[5.0, 2.0]]]), torch.tensor([14.0])),
@@ -74,7 +74,9 @@ def test_the_answer_is_the_sum_of_the_standardized_modalities():
         }
     )
     torch.testing.assert_close(found.maps["image"], torch.tensor([[[3.0, -2.0]]]))
-    torch.testing.assert_close(found.score, torch.tensor([8 / 8**0.5 - 20 / 800**0.5]))
+    torch.testing.assert_close(
+        found.score, torch.tensor([8 / (32 / 7) ** 0.5 - 20 / (3200 / 7) ** 0.5])
+    )
     assert found.missing == ()
 
 
@@ -117,9 +119,10 @@ def test_what_is_nan_counts_in_no_statistic():
     torch.testing.assert_close(fitted(padded)(found).score, fitted()(found).score)
 
 
-def test_one_held_out_item_has_the_spread_of_its_map():
-    fusion = fitted(both(count=1))
-    assert fusion.score_spread_.equal(fusion.map_spread_)
+@pytest.mark.parametrize(("count", "few"), [(1, True), (7, True), (8, False)])
+def test_few_held_out_items_have_the_spread_of_their_map(count, few):
+    fusion = fitted(both(count=count))
+    assert fusion.score_spread_.equal(fusion.map_spread_) == few
 
 
 def test_a_modality_that_no_held_out_item_has_is_refused():
