@@ -1,6 +1,6 @@
 import pytest
 import torch
-from rgbd_scenes import MeanColor, damaged, peak, scene, spoiled, without
+from rgbd_scenes import MeanColor, damaged, scene, without
 from torch import Tensor
 
 from anomaly.base import NormalData
@@ -64,46 +64,11 @@ def test_without_a_part_the_other_stands_for_both(detector, gone, columns):
     assert not found.maps["image"].isnan().any()
 
 
-@pytest.mark.parametrize("roles", [("image",), ("xyz",), ("image", "xyz")])
-@pytest.mark.parametrize("cell", [(1, 4), (5, 2)])
-def test_a_damaged_cell_has_the_largest_value_in_whatever_part_it_is_seen(detector, roles, cell):
-    found = detector.predict(collate([scene(50), damaged(scene(50), cell, *roles)]))
-    assert peak(found.maps["image"][1]) == cell
-    assert found.score[1] > found.score[0]
-    assert found.missing == ()
-
-
-def test_a_hole_in_the_depth_is_judged_by_its_color(detector):
-    valid = torch.ones(32, 24, dtype=torch.bool)
-    valid[8:20, 4:16] = False
-    found = detector.predict(collate([damaged(scene(50, xyz_valid=valid), (3, 2), "image")]))
-    assert not found.maps["image"].isnan().any()
-    assert peak(found.maps["image"][0]) == (3, 2)
-
-
-@pytest.mark.parametrize("rubbish", [torch.nan, 1e6])
-def test_invalid_pixels_influence_no_score(detector, rubbish):
-    valid = torch.ones(32, 24, dtype=torch.bool)
-    valid[:13, :9] = False
-    item = scene(50, color_valid=valid, xyz_valid=valid)
-    spoilt = spoiled(item, rubbish)
-    clean, found = (detector.predict(collate([one])) for one in (item, spoilt))
-    assert found.score.equal(clean.score)
-    assert found.maps["image"].isnan().equal(~valid[None])
-
-
 def test_the_bank_has_its_share_of_the_cells_with_both():
     valid = torch.ones(32, 24, dtype=torch.bool)
     valid[:16] = False
     fitted = of(coreset_ratio=0.25).fit(normal(xyz_valid=valid))
     assert fitted.bank_.shape == (int(0.25 * 6 * 24), 36)
-
-
-def test_an_item_without_a_valid_pixel_scores_nan(detector):
-    nowhere = torch.zeros(32, 24, dtype=torch.bool)
-    found = detector.predict(collate([scene(50, color_valid=nowhere, xyz_valid=nowhere)]))
-    assert found.score.isnan().all()
-    assert found.maps["image"].isnan().all()
 
 
 def test_normal_items_without_both_at_one_place_are_refused():

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from rgbd_scenes import MeanColor, damaged, noise, peak, scene, spoiled, without
+from rgbd_scenes import MeanColor, scene, without
 
 from anomaly.base import NormalData
 from anomaly.multimodal.colored_fpfh import ColoredFPFH
@@ -32,16 +32,6 @@ def normal(count: int = 8, **arguments: object) -> NormalData:
 @pytest.fixture(scope="module")
 def detector() -> DoublePatchCore:
     return of().fit(normal())
-
-
-@pytest.mark.parametrize("roles", [("image",), ("xyz",), ("image", "xyz")])
-def test_a_damaged_cell_has_the_largest_value_in_whatever_modality_it_is_seen(detector, roles):
-    for cell in [(1, 4), (5, 2)]:
-        item = scene(50)
-        found = detector.predict(collate([item, damaged(item, cell, *roles)]))
-        assert peak(found.maps["image"][1]) == cell
-        assert found.score[1] > found.score[0] + 5
-        assert found.missing == ()
 
 
 def test_each_bank_has_its_share_of_its_own_cells():
@@ -80,51 +70,6 @@ def test_no_held_out_item_is_in_a_bank():
         assert (apart < 1e-6).all().item() == inside
 
 
-@pytest.mark.parametrize(("gone", "left"), [("geometry", "color"), ("color", "geometry")])
-def test_without_a_modality_the_other_alone_counts_and_the_answer_says_so(detector, gone, left):
-    batch = collate([scene(50), damaged(scene(51), (3, 3), "image", "xyz")])
-    bare = collate(
-        [without(s, gone) for s in (scene(50), damaged(scene(51), (3, 3), "image", "xyz"))]
-    )
-    scaled = detector.fusion.standardized(detector._found(batch))[left]
-    found = detector.predict(bare)
-    torch.testing.assert_close(found.score, scaled.score)
-    torch.testing.assert_close(found.maps["image"], scaled.maps)
-    assert found.missing == ((gone,), (gone,))
-
-
-def test_a_hole_in_the_depth_is_judged_by_its_color():
-    valid = torch.ones(32, 24, dtype=torch.bool)
-    valid[8:20, 4:16] = False
-    fitted = of().fit(normal())
-    item = damaged(scene(50, xyz_valid=valid), (3, 2), "image")
-    found = fitted.predict(collate([item]))
-    assert not found.maps["image"].isnan().any()
-    assert peak(found.maps["image"][0]) == (3, 2)
-    assert found.missing == ()
-
-
-def test_an_item_without_a_valid_pixel_scores_nan(detector):
-    nowhere = torch.zeros(32, 24, dtype=torch.bool)
-    found = detector.predict(collate([scene(50, color_valid=nowhere, xyz_valid=nowhere)]))
-    assert found.score.isnan().all()
-    assert found.maps["image"].isnan().all()
-    assert found.missing == (("color", "geometry"),)
-
-
-@pytest.mark.parametrize("rubbish", [torch.nan, 1e6])
-def test_invalid_pixels_influence_no_score(detector, rubbish):
-    valid = torch.ones(32, 24, dtype=torch.bool)
-    valid[:13, :9] = False
-    item = scene(50, color_valid=valid, xyz_valid=valid)
-    spoilt = spoiled(item, rubbish)
-    clean, found = (detector.predict(collate([one])) for one in (item, spoilt))
-    assert found.score.equal(clean.score)
-    torch.testing.assert_close(
-        found.maps["image"], clean.maps["image"], rtol=0, atol=0, equal_nan=True
-    )
-
-
 def test_geometry_alone_says_that_its_score_is_bounded():
     assert [of(*names).unbounded for names in ((), ("color",), ("geometry",))] == [
         True,
@@ -144,12 +89,6 @@ def test_neither_modality_is_refused():
         DoublePatchCore(color=None, geometry=None)
 
 
-@pytest.mark.parametrize("ratio", [0.0, 1.5])
-def test_a_coreset_ratio_outside_0_to_1_is_refused(ratio):
-    with pytest.raises(ValueError, match=r"coreset_ratio must lie in \(0, 1\]"):
-        of(coreset_ratio=ratio)
-
-
 @pytest.mark.parametrize("kind", [DoublePatchCore, ColoredFPFH, CrossmodalMapping])
 def test_a_saved_detector_scores_the_same_bits(kind, tmp_path):
     fitted, samples = kind.example()
@@ -166,16 +105,6 @@ def test_a_saved_detector_scores_the_same_bits(kind, tmp_path):
     again = load_model(tmp_path / "model").model
     batch = collate(samples[-2:])
     assert again.predict(batch).score.equal(fitted.predict(batch).score)
-
-
-def test_the_selftest_shows_noise_in_both_modalities(detector):
-    shape = detector.selftest_shape((3, 32, 24))
-    assert shape == (2, 4, 32, 24)
-    plain = detector.selftest(noise(*shape))
-    for channel in (0, 3):
-        changed = noise(*shape)
-        changed[:, channel] += noise(2, 32, 24, seed=1)
-        assert not detector.selftest(changed).allclose(plain)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,7 @@ from rgbd_scenes import (
     color_image,
     damaged,
     noise,
-    peak,
     scene,
-    spoiled,
     without,
     xyz_image,
 )
@@ -61,16 +59,6 @@ def test_with_adaptors_that_stay_the_identity_it_is_double_patchcore():
     found, expected = plain.predict(batch), double.predict(batch)
     torch.testing.assert_close(found.score, expected.score, rtol=2e-3, atol=1e-3)
     torch.testing.assert_close(found.maps["image"], expected.maps["image"], rtol=2e-3, atol=1e-2)
-
-
-@pytest.mark.parametrize("roles", [("image",), ("xyz",), ("image", "xyz")])
-def test_a_damaged_cell_has_the_largest_value_in_whatever_modality_it_is_seen(detector, roles):
-    for cell in [(1, 4), (5, 2)]:
-        item = scene(50)
-        found = detector.predict(collate([item, damaged(item, cell, *roles)]))
-        assert peak(found.maps["image"][1]) == cell
-        assert found.score[1] > found.score[0] + 3
-        assert found.missing == ()
 
 
 def test_each_bank_has_its_share_of_its_own_cells():
@@ -197,48 +185,11 @@ def test_training_brings_the_cells_of_normal_items_together():
     assert spreads[1] < 0.9 * spreads[0]
 
 
-@pytest.mark.parametrize(("gone", "left"), [("geometry", "color"), ("color", "geometry")])
-def test_without_a_modality_the_other_alone_counts_and_the_answer_says_so(detector, gone, left):
-    items = [scene(50), damaged(scene(51), (3, 3), "image", "xyz")]
-    whole = detector.fusion.standardized(detector._found(collate(items)))[left]
-    found = detector.predict(collate([without(item, gone) for item in items]))
-    torch.testing.assert_close(found.score, whole.score)
-    torch.testing.assert_close(found.maps["image"], whole.maps)
-    assert found.missing == ((gone,), (gone,))
-
-
 def test_normal_items_without_a_modality_are_allowed_among_others():
     samples = [scene(i) for i in range(8)]
     samples[1], samples[2] = without(samples[1], "geometry"), without(samples[2], "color")
     found = of(plan=STILL).fit(NormalData(samples, batch_size=1)).predict(collate([scene(50)]))
     assert found.score.isfinite().all()
-
-
-def test_a_hole_in_the_depth_is_judged_by_its_color(detector):
-    valid = torch.ones(32, 24, dtype=torch.bool)
-    valid[8:20, 4:16] = False
-    found = detector.predict(collate([damaged(scene(50, xyz_valid=valid), (3, 2), "image")]))
-    assert not found.maps["image"].isnan().any()
-    assert peak(found.maps["image"][0]) == (3, 2)
-    assert found.missing == ()
-
-
-def test_an_item_without_a_valid_pixel_scores_nan(detector):
-    nowhere = torch.zeros(32, 24, dtype=torch.bool)
-    found = detector.predict(collate([scene(50, color_valid=nowhere, xyz_valid=nowhere)]))
-    assert found.score.isnan().all()
-    assert found.maps["image"].isnan().all()
-    assert found.missing == (("color", "geometry"),)
-
-
-@pytest.mark.parametrize("rubbish", [torch.nan, 1e6])
-def test_invalid_pixels_influence_no_score(detector, rubbish):
-    valid = torch.ones(32, 24, dtype=torch.bool)
-    valid[:13, :9] = False
-    item = scene(50, color_valid=valid, xyz_valid=valid)
-    spoilt = spoiled(item, rubbish)
-    clean, found = (detector.predict(collate([one])) for one in (item, spoilt))
-    assert found.score.equal(clean.score)
 
 
 def test_a_training_item_is_described_once_however_long_the_training():
@@ -278,21 +229,6 @@ def test_a_killed_training_goes_on_with_the_memories_that_it_had(tmp_path, monke
 def test_items_of_one_part_are_refused():
     with pytest.raises(ValueError, match="at least two parts or groups are needed"):
         of().fit(normal(group="part"))
-
-
-@pytest.mark.parametrize("ratio", [0.0, 1.5])
-def test_a_coreset_ratio_outside_0_to_1_is_refused(ratio):
-    with pytest.raises(ValueError, match=r"coreset_ratio must lie in \(0, 1\]"):
-        of(coreset_ratio=ratio)
-
-
-def test_the_selftest_shows_noise_in_both_modalities(detector):
-    shape = detector.selftest_shape((3, 32, 24))
-    plain = detector.selftest(noise(*shape))
-    for channel in (0, 3):
-        changed = noise(*shape)
-        changed[:, channel] += noise(2, 32, 24, seed=1)
-        assert not detector.selftest(changed).allclose(plain)
 
 
 def test_the_config_gives_a_detector_of_color_and_geometry():
