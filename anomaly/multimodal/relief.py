@@ -5,6 +5,7 @@ Pattern Recognition 2024, https://arxiv.org/abs/2303.13194).
 """
 
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Self
 
@@ -160,10 +161,10 @@ class ReliefFeatures(nn.Module):
 
 
 def _spread(heights: Tensor) -> Tensor:
-    """Standard deviation () of heights (P,) about 0, by the one in twenty that lies farthest out:
-    a few flying points do not count."""
-    distance = heights.abs().sort().values
-    return distance[(len(distance) - 1) * 19 // 20] / 1.96  # of a normal distribution
+    """Root mean square () of heights (P,), but for the hundredth that lies farthest out: a few
+    flying points do not count."""
+    nearest = heights.abs().sort().values[: ceil(0.99 * len(heights))]
+    return nearest.square().mean().sqrt()
 
 
 Geometry = GeometryFeatures | ReliefFeatures
