@@ -24,15 +24,17 @@ def scores_from(
     name: ModalityName,
     *,
     sigma: float,
+    top: float,
 ) -> ModalityScores:
-    """The distance of each valid cell to its nearest normal one: maps, and the largest as score.
+    """The distance of each valid cell to its nearest normal one: maps, and of the largest a mean.
 
     bank: (M, E). features: (B, h, w, E) of the batch. valid: (B, h, w) bool.
-    sigma: of the Gaussian on the maps, in pixels.
+    sigma: of the Gaussian on the maps, in pixels. top: share of the valid cells whose mean is the
+        score, at least one cell.
     """
     distance = torch.full(valid.shape, torch.nan, device=valid.device)
     if valid.any():
         distance[valid] = search.nearest(features[valid], bank)[0][:, 0]
     pixels = valid_pixels(batch, name).to(distance.device)
     maps = cell_maps(distance, batch, pixels, sigma=sigma)
-    return ModalityScores(maps=maps, score=largest(distance))
+    return ModalityScores(maps=maps, score=largest(distance, top))

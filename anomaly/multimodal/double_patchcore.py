@@ -40,13 +40,15 @@ class DoublePatchCore(Detector):
         other is a PatchCore of its own. Without color scores are bounded, as FPFH is.
     coreset_ratio: share of its own normal cells that each bank keeps.
     sigma: of the Gaussian on each modality's map, in pixels.
+    top: share of the valid cells, those with the largest distances, whose mean is a modality's
+        score; at least one cell counts. It varies less with the coreset than the largest alone.
     seed: of the held-out items, and of the first pick of each coreset.
-    Differs from the papers: features are not adapted; the score of a modality is its largest
-    distance, not weighed by the neighborhood; FPFH takes the place of Point-MAE unless `geometry`
-    has a descriptor. Each modality is standardized by its own normal scores and they are added; the
-    papers fit a one-class SVM to weighted scores. Their code standardizes a modality's features by
-    the statistics of the other, and keeps 1 % of the color cells, as it takes the size of that bank
-    from the reduced bank of the points.
+    Differs from the papers: features are not adapted; the score of a modality is the mean of its
+    largest distances, not one weighed by its neighborhood; FPFH or a relief takes the place of
+    Point-MAE unless `geometry` has a descriptor. Each modality is standardized by its own normal
+    scores and they are added; the papers fit a one-class SVM to weighted scores. Their code
+    standardizes a modality's features by the statistics of the other, and keeps 1 % of the color
+    cells, as it takes the size of that bank from the reduced bank of the points.
     """
 
     def __init__(
@@ -56,14 +58,17 @@ class DoublePatchCore(Detector):
         geometry: Geometry | None,
         coreset_ratio: float = 0.1,
         sigma: float = 4.0,
+        top: float = 0.01,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if not 0 < coreset_ratio <= 1:
             raise ValueError(f"coreset_ratio must lie in (0, 1], got {coreset_ratio}")
+        if not 0 < top <= 1:
+            raise ValueError(f"top must lie in (0, 1], got {top}")
         same_grid(color, geometry)
         self.color, self.geometry = color, geometry
-        self.coreset_ratio, self.sigma, self.seed = coreset_ratio, sigma, seed
+        self.coreset_ratio, self.sigma, self.top, self.seed = coreset_ratio, sigma, top, seed
         self.unbounded = color is not None
         self.fusion = ScoreFusion(self.modalities)
         self._searches = {name: RepeatedSearch() for name in self.modalities}
@@ -143,6 +148,7 @@ class DoublePatchCore(Detector):
                 batch,
                 name,
                 sigma=self.sigma,
+                top=self.top,
             )
         return found
 

@@ -57,6 +57,8 @@ class LSFA(LearnedDetector):
     terms: of the loss.
     coreset_ratio: share of its own normal cells that each bank keeps.
     sigma: of the Gaussian on each modality's map, in pixels.
+    top: share of the valid cells, those with the largest distances, whose mean is a modality's
+        score; at least one cell counts. It varies less with the coreset than the largest alone.
     plan, selection, seed: as of `LearnedDetector`; without a plan, minutes on one core for small
         sets. The seed is also of the held-out items and of the first pick of each coreset.
     Differs from the paper: FPFH or a relief takes the place of Point-MAE unless `geometry` has a
@@ -66,10 +68,10 @@ class LSFA(LearnedDetector):
     are compared with the means of other items, not with centroids of cells; both memories are
     queues of adapted features, full before the first step, in which nothing is compared with its
     own part; each modality is standardized by its own normal scores and they are added, where the
-    authors fit a one-class SVM; the score of a modality is its largest distance, not weighed by the
-    neighborhood; under torchrun each process aligns the cells of its own share of a batch. Weights,
-    temperature and learning rate are about those of the published script, whose term of rotated
-    tiles is left out.
+    authors fit a one-class SVM; the score of a modality is the mean of its largest distances, not
+    one weighed by its neighborhood; under torchrun each process aligns the cells of its own share
+    of a batch. Weights, temperature and learning rate are about those of the published script,
+    whose term of rotated tiles is left out.
     That script does not run as it is, and its slips are not ours: the global terms fail at the
     first step, or see other features than those of the points; rows are drawn among all cells, as
     many as there are valid ones; a step sees the last of 16 parts of a batch; rotated features are
@@ -87,6 +89,7 @@ class LSFA(LearnedDetector):
         terms: Terms | None = None,
         coreset_ratio: float = 0.1,
         sigma: float = 4.0,
+        top: float = 0.01,
         plan: TrainingPlan | None = None,
         selection: Selection | None = None,
         seed: int = 0,
@@ -94,10 +97,12 @@ class LSFA(LearnedDetector):
         super().__init__(plan=_PLAN if plan is None else plan, selection=selection, seed=seed)
         if not 0 < coreset_ratio <= 1:
             raise ValueError(f"coreset_ratio must lie in (0, 1], got {coreset_ratio}")
+        if not 0 < top <= 1:
+            raise ValueError(f"top must lie in (0, 1], got {top}")
         same_grid(color, geometry)
         self.color, self.geometry, self.num_heads = color, geometry, num_heads
         self.terms = Terms() if terms is None else terms
-        self.coreset_ratio, self.sigma = coreset_ratio, sigma
+        self.coreset_ratio, self.sigma, self.top = coreset_ratio, sigma, top
         self.fusion = ScoreFusion(MODALITIES)
         self._searches = {name: RepeatedSearch() for name in MODALITIES}
         for name in MODALITIES:
@@ -192,6 +197,7 @@ class LSFA(LearnedDetector):
                 batch,
                 name,
                 sigma=self.sigma,
+                top=self.top,
             )
         return found
 

@@ -99,6 +99,13 @@ def test_a_coreset_ratio_outside_0_to_1_is_refused(kind, ratio):
         of(kind, coreset_ratio=ratio)
 
 
+@pytest.mark.parametrize("kind", [DoublePatchCore, LSFA])
+@pytest.mark.parametrize("top", [0.0, 1.5])
+def test_a_share_of_cells_outside_0_to_1_is_refused(kind, top):
+    with pytest.raises(ValueError, match=r"top must lie in \(0, 1\]"):
+        of(kind, top=top)
+
+
 def test_the_selftest_shows_noise_in_both_modalities(detector):
     shape = detector.selftest_shape((3, 32, 24))
     assert shape == (2, 4, 32, 24)
