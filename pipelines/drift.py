@@ -45,8 +45,8 @@ def drift(
     Their order, which is that of their relative paths or of the table, is taken for that of time:
     name files by their date. A folder that grows may be checked every day, into a new --out each:
     what "sequence" says holds however often one looks, the other tests for one look. Images that
-    the model has seen are refused; several of one patient or part look like drift where there is
-    none.
+    the model has seen are refused, but a table of scores has no pixels to tell them by; several of
+    one patient or part look like drift where there is none.
 
     Args:
         path: a folder, file or manifest of normal items (anomalous and training ones in it are left

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anomaly.calibration import Calibration
-from medssl.data.manifest import Item, Manifest, build_manifest
+from medssl.data.manifest import Manifest, build_manifest
 from medssl.metrics import OneClassError, auroc, average_precision, bootstrap, f1, f1_max
 from pipelines.console import say, table
 from pipelines.journal import write_whole
@@ -42,6 +42,7 @@ def evaluate(
     select: str | None = None,
     groups: str | None = None,
     site: str | None = None,
+    min_finding: float = 0.0,
     allow_seen: bool = False,
     device: str = "auto",
     seed: int = 0,
@@ -57,12 +58,16 @@ def evaluate(
         select: only items for which this expression over manifest columns holds.
         groups: FILE:COLUMN that names each picture's patient or part.
         site: FILE:COLUMN that names the site of each item, as for `medssl score`.
+        min_finding: what is smaller counts neither as a lesion found nor as a false finding; mm3 in
+            volumes, mm2 in pictures with a distance between their pixels.
         allow_seen: go on where the model was fitted, pretrained or calibrated on some of the
             images, or on others of their patients or parts.
         device: "auto", "cpu", "cuda" or "cuda:1".
         seed: seeds the bootstrap.
     """
     arguments = dict(locals())
+    if min_finding < 0:
+        raise ValueError(f"min_finding is a volume in mm3 or an area in mm2, got {min_finding}")
     manifest = build_manifest(path, groups=groups)
     sites = None if site is None else sites_of(manifest, site, path)
     if select is not None:
@@ -76,7 +81,10 @@ def evaluate(
         run.manifest(judged)
         summary = score_again(manifest, judged, folder, out, sites=sites, device=device)
         rows = read_rows(out)
-        found = measure(judged, rows, out, calibration=read_calibration(folder), seed=seed)
+        calibration = read_calibration(folder)
+        found = measure(
+            judged, rows, out, calibration=calibration, min_finding=min_finding, seed=seed
+        )
         found["overlap"] = overlap.to_dict()
         write_whole(out / "metrics.json", json.dumps(found, indent=1))
         write_report(out, rows, folder, labels_of(manifest), found)
@@ -113,12 +121,13 @@ def measure(
     out: Path,
     *,
     calibration: Calibration | None = None,
+    min_finding: float = 0.0,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Every metric that labels and masks allow, and under "skipped" why the others are missing.
 
     rows: of a finished run in `out`; those of other items are left aside.
-    calibration: of the model, for what its map threshold finds.
+    calibration: of the model, for what its map threshold finds. min_finding: as of `evaluate`.
     """
     by_item = {item.item: item for item in manifest.images}
     scored = [row for row in rows if row["item"] in by_item and row["status"] == "ok"]
@@ -131,6 +140,7 @@ def measure(
         "num_masked": sum(manifest.mask_of(item) is not None for item in items),
         "num_groups": len(set(groups)),
         "repeats": REPEATS,
+        "min_finding": min_finding,
         "rate_interval": _WILSON
         if len(set(groups)) == len(groups)
         else "bootstrap of whole patients or parts",
@@ -140,7 +150,13 @@ def measure(
     found["num_without_verdict"] = sum(row["anomalous"] is None for row in scored)
     found |= _image_metrics(scored, labels, groups, seed, found["skipped"])
     found |= _rates(scored, labels, groups, seed, found["skipped"])
-    found |= _map_metrics(manifest, items, scored, out, calibration, draws, found["skipped"])
+    places, reason = with_truth(manifest, items, scored)
+    if reason is not None:
+        found["skipped"]["pixel metrics"] = reason
+        return found
+    chosen = [(items[place], scored[place]) for place in places]
+    maps = ScoredMaps(manifest, chosen, out, min_finding=min_finding)
+    found |= _map_metrics(maps, calibration, draws.of(places), found["skipped"])
     return found
 
 
@@ -212,24 +228,12 @@ def _share(flags: Tensor) -> float:
 
 
 def _map_metrics(
-    manifest: Manifest,
-    items: Sequence[Item],
-    scored: Sequence[Row],
-    out: Path,
-    calibration: Calibration | None,
-    draws: Draws,
-    skipped: dict[str, str],
+    maps: ScoredMaps, calibration: Calibration | None, draws: Draws, skipped: dict[str, str]
 ) -> dict[str, Any]:
-    places, reason = with_truth(manifest, items, scored)
-    if reason is not None:
-        skipped["pixel metrics"] = reason
-        return {}
-    chosen = [(items[place], scored[place]) for place in places]
-    maps = ScoredMaps(manifest, chosen, out)
-    if any(item.kind == "points" for item, _ in chosen):
-        return point_metrics(maps, draws.of(places), skipped)
-    thresholds = map_thresholds(calibration, [row for _, row in chosen])
-    return map_metrics(maps, thresholds, draws.of(places), skipped)
+    if any(item.kind == "points" for item, _ in maps.chosen):
+        return point_metrics(maps, draws, skipped)
+    thresholds = map_thresholds(calibration, [row for _, row in maps.chosen])
+    return map_metrics(maps, thresholds, draws, skipped)
 
 
 def _tell(found: Mapping[str, Any]) -> None:
@@ -240,6 +244,8 @@ def _tell(found: Mapping[str, Any]) -> None:
     ]
     title = f"{found['num_normal']} normal and {found['num_anomalous']} anomalous items"
     table(("metric", "value", "low", "high"), rows, title)
+    if found["min_finding"] > 0:
+        say(f"findings smaller than {found['min_finding']:g} mm3 (mm2 in pictures) do not count")
     if found.get("pixel_form") == "binned":
         say("pixel metrics are of pixels counted in bins, which moves them by less than 0.001")
     for name, reason in found["skipped"].items():

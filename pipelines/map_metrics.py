@@ -46,12 +46,20 @@ class ScoredMaps:
 
     Kept in memory up to `KEPT_PIXELS`; those after that are read anew. An item without a mask has
     None.
+
+    min_finding: mm3 in volumes, mm2 in pictures; smaller findings count nowhere.
     """
 
     def __init__(
-        self, manifest: Manifest, chosen: Sequence[tuple[Item, Row]], folder: Path
+        self,
+        manifest: Manifest,
+        chosen: Sequence[tuple[Item, Row]],
+        folder: Path,
+        *,
+        min_finding: float = 0.0,
     ) -> None:
         self.manifest, self.chosen, self.folder = manifest, chosen, folder
+        self.min_finding = min_finding
         self.kept: dict[int, tuple[Tensor, Tensor | None]] = {}
         self.last: tuple[int, tuple[Tensor, Tensor | None]] | None = None
         self.num_kept = 0
@@ -75,6 +83,24 @@ class ScoredMaps:
             self.num_kept += pair[0].numel()
         self.last = place, pair
         return pair
+
+    def findings(self, place: int, threshold: float) -> Findings:
+        """What the map of one item shows above a threshold.
+
+        Raises ValueError where findings are to be measured and the item has no spacing in mm.
+        """
+        if self.min_finding == 0:
+            return find(*self[place], threshold=threshold)
+        item, row = self.chosen[place]
+        spacing = read_image(self.folder / row["map_path"]).spacing
+        if spacing is None:
+            raise ValueError(
+                f"--min-finding is in mm, and {item.item} has no distance between its pixels; "
+                "leave it out"
+            )
+        return find(
+            *self[place], threshold=threshold, spacing=spacing, min_volume_mm3=self.min_finding
+        )
 
 
 class _Column:
@@ -178,11 +204,12 @@ def _above_thresholds(
 ) -> tuple[list[Overlap], list[Findings], int]:
     """Of the items with a threshold; and the number of pixels of all."""
     overlaps, findings, num_pixels = [], [], 0
-    for (values, mask), threshold in zip(maps, thresholds, strict=True):
+    for place, threshold in enumerate(thresholds):
+        values, mask = maps[place]
         num_pixels += values.numel()
         if threshold is not None:
             overlaps.append(overlap(values, mask, threshold=threshold))
-            findings.append(find(values, mask, threshold=threshold))
+            findings.append(maps.findings(place, threshold))
     return overlaps, findings, num_pixels
 
 
@@ -214,7 +241,7 @@ def _froc(
     maps: ScoredMaps, pixels: PixelScores | StreamingPixelScores, draws: Draws
 ) -> dict[str, Any]:
     threshold = pixels.level(CANDIDATE_SHARE)
-    froc = FROC([find(*pair, threshold=threshold) for pair in maps])
+    froc = FROC([maps.findings(place, threshold) for place in range(len(maps))])
     mean = froc.interval(draws.groups, repeats=draws.repeats, seed=draws.seed)
     curve = {"false_findings": list(RATES), "recall": froc.recalls(), "from_score": threshold}
     return {"froc_mean_recall": mean, "froc": curve}

@@ -2,8 +2,11 @@
 
 from types import SimpleNamespace
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
+from PIL import Image as Picture
 
 import pipelines.map_metrics as module
 from anomaly.calibration import Calibration
@@ -70,3 +73,34 @@ def test_map_thresholds_are_those_of_each_items_site():
     found = map_thresholds(calibration, rows)
     assert found == [18.0, 38.0, None]
     assert map_thresholds(None, rows) == [None] * 3
+
+
+def test_findings_smaller_than_asked_for_count_nowhere(tmp_path, monkeypatch):
+    """Voxels of 0.5 x 1 x 2 mm: 27 of them on the lesion are 27 mm3, one elsewhere is 1 mm3."""
+    values, mask = torch.zeros(8, 8, 8), torch.zeros(8, 8, 8, dtype=torch.bool)
+    values[1:4, 1:4, 1:4] = 2.0
+    values[6, 6, 6] = 3.0
+    mask[2:5, 2:5, 2:5] = True
+    affine = np.diag([0.5, 1.0, 2.0, 1.0])
+    nib.save(nib.Nifti1Image(values.numpy(), affine), tmp_path / "map.nii.gz")
+    monkeypatch.setattr(module, "_read", lambda *_: (values, mask))
+    chosen = [(SimpleNamespace(item="head"), {"map_path": "map.nii.gz"})]
+    expected = {0.0: (1, 1), 1.5: (1, 0), 26.5: (1, 0), 27.5: (0, 0)}
+    for smallest, (lesions, false) in expected.items():
+        maps = ScoredMaps(SimpleNamespace(), chosen, tmp_path, min_finding=smallest)
+        found = maps.findings(0, 1.0)
+        assert (found.lesion > -np.inf).sum() == lesions
+        assert len(found.false) == false
+        skipped: dict[str, str] = {}
+        told = map_metrics(maps, [1.0], Draws(["head"], 10, 0), skipped)
+        assert told["lesion_recall"]["value"] == lesions
+        assert told["false_findings"]["value"] == false
+
+
+def test_pixels_without_a_distance_have_no_size_in_mm(tmp_path, monkeypatch):
+    Picture.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "map.png")
+    monkeypatch.setattr(module, "_read", lambda *_: (torch.ones(4, 5), None))
+    chosen = [(SimpleNamespace(item="part7"), {"map_path": "map.png"})]
+    maps = ScoredMaps(SimpleNamespace(), chosen, tmp_path, min_finding=2.0)
+    with pytest.raises(ValueError, match="part7 has no distance between its pixels; leave it out"):
+        maps.findings(0, 0.5)
