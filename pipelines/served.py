@@ -15,7 +15,8 @@ import pandas
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-COLUMNS = ("score", "p_value", "threshold", "anomalous", "status", "error")
+COLUMNS = ("score", "p_value", "threshold", "anomalous", "no_verdict", "status", "error")
+"""no_verdict: why a calibrated model does not say whether the item is anomalous."""
 CLASS_COLUMNS = ("predicted", "class_scores")
 """What a classifier tells besides; class_scores is JSON text."""
 
@@ -84,6 +85,7 @@ class ServedModel(PythonModel):
             "p_value": scored.p_value,
             "threshold": scored.threshold,
             "anomalous": scored.anomalous,
+            "no_verdict": scored.no_verdict,
             "status": "ok",
         }
         if scored.class_scores is not None:

@@ -1,6 +1,7 @@
 import base64
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -95,6 +96,29 @@ def test_a_registered_model_scores_as_its_folder_bit_for_bit(place, monkeypatch)
     assert (row["status"], row["error"]) == ("ok", None)
     as_text = model.unwrap_python_model().predict(None, frame.iloc[1:])
     assert as_text.loc[3, "score"] == row["score"]
+
+
+def test_a_model_calibrated_by_site_says_why_a_site_has_no_verdict(place, tmp_path):
+    folder = shutil.copytree(place / "model", tmp_path / "model")
+    known = Calibration.from_scores(
+        [0.1] * 19,
+        [0.1] * 19,
+        rate=0.05,
+        method="split",
+        sites=["A"] * 19,
+        by="scanner",
+    )
+    (folder / "calibration.json").write_text(json.dumps(known.to_dict()))
+    with recorded("fit", {}) as run:
+        register(folder, "sites", run)
+    raw = (place / "4.png").read_bytes()
+    frame = pd.DataFrame({"content": [raw] * 2, "site": ["A", "B"]})
+    told = load("sites").predict(frame)
+    assert told["status"].tolist() == ["ok", "ok"]
+    assert told["score"][0] == told["score"][1]
+    assert told["anomalous"].tolist() == [True, None]
+    assert told["no_verdict"][0] is None
+    assert "its scanner has no held-out normal" in told["no_verdict"][1]
 
 
 def test_a_bad_row_leaves_the_others_their_verdict(place, monkeypatch):
