@@ -137,13 +137,14 @@ def measure(given: argparse.Namespace, missing: Sequence[tuple[str, int]]) -> No
             found = [detector.predict(collate([one])) for one in tested]
         maps = torch.cat([cast(Tensor, one.maps["image"]) for one in found])
         place = _place(given.out, name, seed)
+        unfinished = place.with_suffix(".unfinished.npz")
         np.savez(
-            place.with_name("unfinished.npz"),
+            unfinished,
             scores=torch.cat([one.score for one in found]).numpy(),
             labels=np.array(labels),
             pixels=np.array(pixel_aurocs(maps, masks, measured, labels)),
         )
-        place.with_name("unfinished.npz").rename(place)
+        unfinished.rename(place)
 
 
 def prepared(parts: PartSet) -> tuple[list[Sample], list[Sample], list[str]]:

@@ -49,16 +49,17 @@ def started(device: str, precision: str, *, sharded: bool = False) -> Any:
 def join() -> None:
     """Make one group of the processes that torchrun has started; alone, or in one, do nothing.
 
-    Tensors on GPUs go by NCCL, others by gloo.
+    Tensors on GPUs go by NCCL, where each process has a GPU, others by gloo.
     """
     if processes() > 1 and not dist.is_initialized():
-        # DistributedDataParallel imports it, which keeps a group that is there already for ever:
-        # its threads then meet the end of the interpreter, and abort the process now and then
+        # imported after a group has begun, as DistributedDataParallel does, it keeps that group:
+        # its threads then meet the end of the interpreter and abort the process now and then
         import torch._dynamo
 
-        if torch.cuda.is_available():
+        on_gpus = torch.cuda.device_count() >= processes_here()
+        if on_gpus:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
         atexit.register(leave)
 
 

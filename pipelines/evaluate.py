@@ -22,6 +22,7 @@ from pipelines.map_metrics import (
     map_metrics,
     map_thresholds,
     point_metrics,
+    spacing_in_mm,
     with_truth,
 )
 from pipelines.record import recorded, resolve
@@ -58,15 +59,16 @@ def evaluate(
         select: only items for which this expression over manifest columns holds.
         groups: FILE:COLUMN that names each picture's patient or part.
         site: FILE:COLUMN that names the site of each item, as for `medssl score`.
-        min_finding: what is smaller counts neither as a lesion found nor as a false finding; mm3 in
-            volumes, mm2 in pictures with a distance between their pixels.
+        min_finding: findings of the map that are smaller count neither as a lesion found nor as a
+            false one, in lesion recall and FROC; marked lesions all count. mm3 in volumes, mm2 in
+            pictures with a distance between their pixels.
         allow_seen: go on where the model was fitted, pretrained or calibrated on some of the
             images, or on others of their patients or parts.
         device: "auto", "cpu", "cuda" or "cuda:1".
         seed: seeds the bootstrap.
     """
     arguments = dict(locals())
-    if min_finding < 0:
+    if not min_finding >= 0:  # nor NaN
         raise ValueError(f"min_finding is a volume in mm3 or an area in mm2, got {min_finding}")
     manifest = build_manifest(path, groups=groups)
     sites = None if site is None else sites_of(manifest, site, path)
@@ -75,6 +77,8 @@ def evaluate(
     folder = resolve(model)
     check_ranks_anomalies(folder)
     judged = judged_part(manifest)
+    if min_finding > 0:
+        spacing_in_mm(judged, judged.images[0])  # before hours of scoring
     overlap = overlap_with(folder, judged)
     demand_new(overlap, "images to evaluate on", allow_seen=allow_seen)
     with recorded("evaluate", arguments) as run:
@@ -244,7 +248,7 @@ def _tell(found: Mapping[str, Any]) -> None:
     ]
     title = f"{found['num_normal']} normal and {found['num_anomalous']} anomalous items"
     table(("metric", "value", "low", "high"), rows, title)
-    if found["min_finding"] > 0:
+    if found["min_finding"] > 0 and "froc" in found:
         say(f"findings smaller than {found['min_finding']:g} mm3 (mm2 in pictures) do not count")
     if found.get("pixel_form") == "binned":
         say("pixel metrics are of pixels counted in bins, which moves them by less than 0.001")

@@ -47,7 +47,7 @@ class ScoredMaps:
     Kept in memory up to `KEPT_PIXELS`; those after that are read anew. An item without a mask has
     None.
 
-    min_finding: mm3 in volumes, mm2 in pictures; smaller findings count nowhere.
+    min_finding: mm3 in volumes, mm2 in pictures; see `findings`.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class ScoredMaps:
     ) -> None:
         self.manifest, self.chosen, self.folder = manifest, chosen, folder
         self.min_finding = min_finding
+        self.spacings: dict[int, tuple[float, ...]] = {}
         self.kept: dict[int, tuple[Tensor, Tensor | None]] = {}
         self.last: tuple[int, tuple[Tensor, Tensor | None]] | None = None
         self.num_kept = 0
@@ -85,22 +86,16 @@ class ScoredMaps:
         return pair
 
     def findings(self, place: int, threshold: float) -> Findings:
-        """What the map of one item shows above a threshold.
+        """What the map of one item shows above a threshold, of at least `min_finding`.
 
         Raises ValueError where findings are to be measured and the item has no spacing in mm.
         """
         if self.min_finding == 0:
             return find(*self[place], threshold=threshold)
-        item, row = self.chosen[place]
-        spacing = read_image(self.folder / row["map_path"]).spacing
-        if spacing is None:
-            raise ValueError(
-                f"--min-finding is in mm, and {item.item} has no distance between its pixels; "
-                "leave it out"
-            )
-        return find(
-            *self[place], threshold=threshold, spacing=spacing, min_volume_mm3=self.min_finding
-        )
+        if place not in self.spacings:
+            self.spacings[place] = spacing_in_mm(self.manifest, self.chosen[place][0])
+        spacing, least = self.spacings[place], self.min_finding
+        return find(*self[place], threshold=threshold, spacing=spacing, min_volume_mm3=least)
 
 
 class _Column:
@@ -111,6 +106,17 @@ class _Column:
 
     def __iter__(self) -> Iterator[Any]:
         return (pair[self.side] for pair in self.pairs)
+
+
+def spacing_in_mm(manifest: Manifest, item: Item) -> tuple[float, ...]:
+    """Of the source's grid, on which the map lies; raises ValueError where it has none."""
+    image = None if item.kind == "points" else load_sample(manifest, item).images["image"]
+    if image is None or image.spacing is None:
+        raise ValueError(
+            f"--min-finding is in mm, and item {item.item} has no distance between its pixels; "
+            "leave it out"
+        )
+    return image.spacing
 
 
 def with_truth(

@@ -57,12 +57,12 @@ class CrossmodalMapping(LearnedDetector):
     plan, selection, seed: as of `LearnedDetector`; without a plan, the authors' 50 epochs (of 250
         items), batch and learning rate.
     The score is the largest value of the map.
-    Differs from the paper: FPFH takes the place of Point-MAE unless `geometry` has a descriptor;
-    the networks see features divided by their root mean square over the normal cells, as those of
-    FPFH are large; AdamW with a cosine of the learning rate, not Adam with a constant one; a
-    Gaussian, not the repeated boxes that approximate one. The authors' code divides each map by its
-    mean and each score by the root of the map's mean, so that they do not grow with an anomaly that
-    covers the item; we do not.
+    Differs from the paper: FPFH or a relief takes the place of Point-MAE unless `geometry` has a
+    descriptor; the networks see features divided by their root mean square over the normal cells,
+    as those of FPFH are large; AdamW with a cosine of the learning rate, not Adam with a constant
+    one; a Gaussian, not the repeated boxes that approximate one. The authors' code divides each map
+    by its mean and each score by the root of the map's mean, so that they do not grow with an
+    anomaly that covers the item; we do not.
     """
 
     unbounded = False

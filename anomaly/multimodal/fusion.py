@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from anomaly.base import AnomalyMap, NormalData
 from medssl.data.split import split_by_group
 
-_FEW = 8  # scores, below which their spread is not one
+_MIN_SCORES = 8  # fewer have no usable standard deviation
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,9 +32,10 @@ class ScoreFusion(nn.Module):
     """The sum of what the modalities say, each less its own mean and over its own spread.
 
     Means and standard deviations are those of normal items held out of what was fitted, one pair
-    for a modality's map and one for its score; of fewer than eight held-out items the spread of the
-    map serves for both, as that of so few scores may be anything. A modality that says nothing of a
-    pixel or of an item adds nothing, as if it had said what it says of normal ones on average.
+    for a modality's map and one for its score; where a modality has fewer than eight held-out items
+    the spreads of the maps serve for both, as that of so few scores may be anything. A modality
+    that says nothing of a pixel or of an item adds nothing, as if it had said what it says of
+    normal ones on average.
 
     modalities: their names. share: of the normal items, whole groups, that are held out.
     """
@@ -78,7 +79,9 @@ class ScoreFusion(nn.Module):
             for name in self.modalities:
                 sums[name].add(batch[name].maps)
                 scores[name].append(batch[name].score)
-        scales = [_scale(name, sums[name], torch.cat(scores[name])) for name in self.modalities]
+        known = {name: torch.cat(scores[name]) for name in self.modalities}
+        few = min(int((~values.isnan()).sum()) for values in known.values()) < _MIN_SCORES
+        scales = [_scale(name, sums[name], known[name], few=few) for name in self.modalities]
         learnt = torch.stack(scales, dim=1)  # (4, modalities)
         self.map_mean_, self.map_spread_, self.score_mean_, self.score_spread_ = learnt
         return self
@@ -140,8 +143,11 @@ class _Sums:
         self.squares += float(values.square().sum())
 
 
-def _scale(name: str, sums: _Sums, scores: Tensor) -> Tensor:
-    """Mean and spread of a modality's map and of its scores (B,): (4,) float32."""
+def _scale(name: str, sums: _Sums, scores: Tensor, *, few: bool) -> Tensor:
+    """Mean and spread of a modality's map and of its scores (B,): (4,) float32.
+
+    few: the spread of the map serves for the scores too.
+    """
     known = scores[~scores.isnan()].double()
     if sums.number < 2 or len(known) == 0:
         raise ValueError(
@@ -151,7 +157,7 @@ def _scale(name: str, sums: _Sums, scores: Tensor) -> Tensor:
     mean = sums.total / sums.number
     spread = max(sums.squares / sums.number - mean**2, 0.0) ** 0.5
     score_mean = float(known.mean())
-    score_spread = spread if len(known) < _FEW else float(known.std())
+    score_spread = spread if few else float(known.std())
     floors = [1e-6 * abs(value) + 1e-12 for value in (mean, score_mean)]  # where all are equal
     scale = [mean, max(spread, floors[0]), score_mean, max(score_spread, floors[1])]
     return torch.tensor(scale, device=scores.device)

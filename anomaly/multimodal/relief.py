@@ -27,7 +27,7 @@ from medssl.data.sample import Batch
 from medssl.models.encoder import Encoder
 from medssl.models.points import point_spacing
 
-_SPREAD = 2.0  # of the picture's values, about that of a standardized photograph
+_GAIN = 2.0  # of the picture's values, about that of a standardized photograph
 
 
 class ReliefFeatures(nn.Module):
@@ -104,7 +104,7 @@ class ReliefFeatures(nn.Module):
                 spacing = point_spacing(points)
                 if spacing > 0:
                     spacings.append(spacing)
-                    heights.append(_spread(self._frame(points)[1]))
+                    heights.append(_trimmed_rms(self._frame(points)[1]))
         if not spacings:
             raise ValueError(
                 f"none of the {len(normal)} normal items has organized points; give an xyz image "
@@ -144,7 +144,7 @@ class ReliefFeatures(nn.Module):
         tilts, heights = self._frame(points)
         shown = torch.cat([tilts / self.slope, heights[:, None] / self.height_], dim=1)
         picture = torch.zeros_like(xyz)
-        picture[:, valid] = _SPREAD * shown.tanh().mT
+        picture[:, valid] = _GAIN * shown.tanh().mT
         return picture
 
     def _frame(self, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +152,7 @@ class ReliefFeatures(nn.Module):
         normals = sensor_normals(points, self.num_neighbors)
         middle = F.normalize(normals.median(0).values, dim=0)
         across = torch.zeros_like(middle)
-        across[int(middle[0].abs() > 0.9)] = 1.0  # y of a surface that looks along x
+        across[int(middle[0].abs() > 0.99)] = 1.0  # of a surface that looks along x it is y
         across = F.normalize(across - across.dot(middle) * middle, dim=0)
         along = torch.linalg.cross(across, middle)  # y where the middle looks at the sensor
         heights = (points - points.mean(0)) @ middle
@@ -160,7 +160,7 @@ class ReliefFeatures(nn.Module):
         return tilts, heights - heights.median()
 
 
-def _spread(heights: Tensor) -> Tensor:
+def _trimmed_rms(heights: Tensor) -> Tensor:
     """Root mean square () of heights (P,), but for the hundredth that lies farthest out: a few
     flying points do not count."""
     nearest = heights.abs().sort().values[: ceil(0.99 * len(heights))]

@@ -119,7 +119,7 @@ class RegisteredSurface(Detector):
         whole = Surface.of(torch.cat(laid), self.num_plane)
         self.surface_, self.planes_, self.normals_ = whole.points, whole.planes, whole.normals
         self.num_first_ = torch.tensor([len(first.points)], device=first.points.device)
-        self.spacing_ = point_spacing(first.points)[None].clamp_min(1e-30)
+        self.spacing_ = _spacing(first.points)[None]
         self.around_ = _neighbors(whole.points, _AROUND)[1].int()
         self._learn_spread(laid)
         return self
@@ -215,6 +215,12 @@ def _neighbors(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Distance and index (M, n) of the nearest of points (M, 3), each point its own first."""
     distance, index = nearest_points(points[None], points[None], min(count, len(points)))
     return distance[0], index[0]
+
+
+def _spacing(points: Tensor) -> Tensor:
+    """Of points (M, 3); more than nothing where most have a copy but for rounding."""
+    extent = (points - points.mean(0)).norm(dim=1).amax()
+    return point_spacing(points).clamp_min((1e-6 * extent).clamp_min(1e-30))
 
 
 def _cover(surface: Tensor, points: Tensor) -> Tensor:

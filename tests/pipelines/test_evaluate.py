@@ -192,6 +192,20 @@ def test_volumes_have_dice_and_lesions_in_three_dimensions(tmp_path):
     assert found["dice"]["value"] == pytest.approx(np.mean(each))
     assert found["lesion_recall"]["value"] == 0.5
     assert found["false_findings"]["value"] == pytest.approx(2 / 6)
+    # a voxel has 1.44 mm3, and the false findings two voxels and one
+    fewer = measure(manifest, rows, tmp_path / "out", calibration=calibration, min_finding=2.0)
+    assert fewer["lesion_recall"]["value"] == 0.5  # marked lesions all count
+    assert fewer["false_findings"]["value"] == pytest.approx(1 / 6)
+    assert fewer["dice"] == found["dice"]
+
+
+@pytest.mark.parametrize("least", [-1.0, float("nan"), 2.0])
+def test_a_size_in_mm_that_means_nothing_is_refused_before_anything_is_scored(
+    data, model, tmp_path, least
+):
+    with pytest.raises(ValueError, match="has no distance|is a volume in mm3"):
+        evaluate(data, model, tmp_path / "out", min_finding=least)
+    assert not (tmp_path / "out").exists()
 
 
 def test_rates_count_what_lies_above_the_threshold_with_wilsons_interval(data, model, tmp_path):

@@ -4,12 +4,16 @@ from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import torch
 from PIL import Image as Picture
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
 
 import pipelines.map_metrics as module
 from anomaly.calibration import Calibration
+from medssl.data.manifest import build_manifest
 from pipelines.map_metrics import Draws, ScoredMaps, map_metrics, map_thresholds
 
 
@@ -82,12 +86,13 @@ def test_findings_smaller_than_asked_for_count_nowhere(tmp_path, monkeypatch):
     values[6, 6, 6] = 3.0
     mask[2:5, 2:5, 2:5] = True
     affine = np.diag([0.5, 1.0, 2.0, 1.0])
-    nib.save(nib.Nifti1Image(values.numpy(), affine), tmp_path / "map.nii.gz")
+    nib.save(nib.Nifti1Image(values.numpy(), affine), tmp_path / "head.nii.gz")
     monkeypatch.setattr(module, "_read", lambda *_: (values, mask))
-    chosen = [(SimpleNamespace(item="head"), {"map_path": "map.nii.gz"})]
+    manifest = build_manifest(tmp_path)
+    chosen = [(manifest.images[0], {})]
     expected = {0.0: (1, 1), 1.5: (1, 0), 26.5: (1, 0), 27.5: (0, 0)}
     for smallest, (lesions, false) in expected.items():
-        maps = ScoredMaps(SimpleNamespace(), chosen, tmp_path, min_finding=smallest)
+        maps = ScoredMaps(manifest, chosen, tmp_path, min_finding=smallest)
         found = maps.findings(0, 1.0)
         assert (found.lesion > -np.inf).sum() == lesions
         assert len(found.false) == false
@@ -98,9 +103,33 @@ def test_findings_smaller_than_asked_for_count_nowhere(tmp_path, monkeypatch):
 
 
 def test_pixels_without_a_distance_have_no_size_in_mm(tmp_path, monkeypatch):
-    Picture.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "map.png")
+    Picture.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "part.png")
+    manifest = build_manifest(tmp_path)
+    item = manifest.images[0]
     monkeypatch.setattr(module, "_read", lambda *_: (torch.ones(4, 5), None))
-    chosen = [(SimpleNamespace(item="part7"), {"map_path": "map.png"})]
-    maps = ScoredMaps(SimpleNamespace(), chosen, tmp_path, min_finding=2.0)
-    with pytest.raises(ValueError, match="part7 has no distance between its pixels; leave it out"):
+    maps = ScoredMaps(manifest, [(item, {})], tmp_path, min_finding=2.0)
+    with pytest.raises(ValueError, match=f"{item.item} has no distance between its pixels; leave"):
         maps.findings(0, 0.5)
+
+
+def test_a_flat_dicom_has_findings_in_square_mm(tmp_path, monkeypatch):
+    """Pixels of 0.5 x 0.25 mm; 8 of them are 1 mm2."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dicom = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    dicom.SOPClassUID, dicom.SOPInstanceUID = DigitalXRayImageStorageForPresentation, "1.2.3.4"
+    dicom.StudyInstanceUID, dicom.SeriesInstanceUID, dicom.PatientID = "1.2", "1.2.3", "7"
+    dicom.Modality, dicom.PhotometricInterpretation = "DX", "MONOCHROME2"
+    dicom.Rows, dicom.Columns, dicom.SamplesPerPixel, dicom.PixelRepresentation = 6, 6, 1, 0
+    dicom.BitsAllocated, dicom.BitsStored, dicom.HighBit = 16, 16, 15
+    dicom.PixelSpacing = [0.5, 0.25]
+    dicom.PixelData = np.zeros((6, 6), np.uint16).tobytes()
+    dicom["PixelData"].VR = "OW"
+    pydicom.dcmwrite(tmp_path / "chest.dcm", dicom, enforce_file_format=True)
+    manifest = build_manifest(tmp_path)
+    values = torch.zeros(6, 6)
+    values[1:3, 1:5] = 1.0
+    monkeypatch.setattr(module, "_read", lambda *_: (values, None))
+    for least, count in ((0.99, 1), (1.01, 0)):
+        maps = ScoredMaps(manifest, [(manifest.images[0], {})], tmp_path, min_finding=least)
+        assert len(maps.findings(0, 0.5).false) == count

@@ -125,6 +125,13 @@ def test_few_held_out_items_have_the_spread_of_their_map(count, few):
     assert fusion.score_spread_.equal(fusion.map_spread_) == few
 
 
+def test_all_modalities_are_scaled_alike_where_one_has_few_items():
+    found = both(count=10)
+    found["geometry"].score[:3] = torch.nan
+    fusion = fitted(found)
+    assert fusion.score_spread_.equal(fusion.map_spread_)
+
+
 def test_a_modality_that_no_held_out_item_has_is_refused():
     found = both(count=2)
     found["geometry"].score.fill_(torch.nan)
