@@ -10,6 +10,13 @@ from anomaly.valid import largest
 from medssl.data.sample import Batch
 
 
+def check_share(**named: float) -> None:
+    """Raises ValueError, naming it, for a share outside (0, 1]."""
+    for name, share in named.items():
+        if not 0 < share <= 1:
+            raise ValueError(f"{name} must lie in (0, 1], got {share}")
+
+
 def bank_of(cells: Tensor, ratio: float, *, seed: int) -> Tensor:
     """A coreset (M, E) of normal cells (N, E): the share `ratio` of them, at least one."""
     return cells[greedy_coreset(cells, max(1, int(ratio * len(cells))), seed=seed)]

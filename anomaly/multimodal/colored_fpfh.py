@@ -11,7 +11,7 @@ from torch import Tensor
 from anomaly.base import AnomalyMap, Detector, NormalData
 from anomaly.examples import relief_pictures
 from anomaly.memory import nearest
-from anomaly.multimodal.bank import bank_of
+from anomaly.multimodal.bank import bank_of, check_share
 from anomaly.multimodal.fusion import missing
 from anomaly.multimodal.modalities import (
     ColorFeatures,
@@ -57,8 +57,7 @@ class ColoredFPFH(Detector):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 < coreset_ratio <= 1:
-            raise ValueError(f"coreset_ratio must lie in (0, 1], got {coreset_ratio}")
+        check_share(coreset_ratio=coreset_ratio)
         same_grid(color, geometry)
         self.color, self.geometry = color, geometry
         self.coreset_ratio, self.sigma, self.seed = coreset_ratio, sigma, seed

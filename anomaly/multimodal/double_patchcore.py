@@ -15,7 +15,7 @@ from torch import Tensor
 from anomaly.base import AnomalyMap, Detector, NormalData
 from anomaly.examples import relief_pictures
 from anomaly.memory import RepeatedSearch
-from anomaly.multimodal.bank import bank_of, scores_from
+from anomaly.multimodal.bank import bank_of, check_share, scores_from
 from anomaly.multimodal.fusion import ModalityScores, ScoreFusion
 from anomaly.multimodal.modalities import (
     ColorFeatures,
@@ -62,10 +62,7 @@ class DoublePatchCore(Detector):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 < coreset_ratio <= 1:
-            raise ValueError(f"coreset_ratio must lie in (0, 1], got {coreset_ratio}")
-        if not 0 < top <= 1:
-            raise ValueError(f"top must lie in (0, 1], got {top}")
+        check_share(coreset_ratio=coreset_ratio, top=top)
         same_grid(color, geometry)
         self.color, self.geometry = color, geometry
         self.coreset_ratio, self.sigma, self.top, self.seed = coreset_ratio, sigma, top, seed

@@ -13,7 +13,7 @@ from anomaly.examples import relief_pictures
 from anomaly.learning import LearnedDetector, Trial, device_of
 from anomaly.memory import RepeatedSearch
 from anomaly.multimodal.adaptation import MODALITIES, Adaptation, Terms
-from anomaly.multimodal.bank import bank_of, scores_from
+from anomaly.multimodal.bank import bank_of, check_share, scores_from
 from anomaly.multimodal.fusion import ModalityScores, ScoreFusion
 from anomaly.multimodal.modalities import (
     ColorFeatures,
@@ -95,10 +95,7 @@ class LSFA(LearnedDetector):
         seed: int = 0,
     ) -> None:
         super().__init__(plan=_PLAN if plan is None else plan, selection=selection, seed=seed)
-        if not 0 < coreset_ratio <= 1:
-            raise ValueError(f"coreset_ratio must lie in (0, 1], got {coreset_ratio}")
-        if not 0 < top <= 1:
-            raise ValueError(f"top must lie in (0, 1], got {top}")
+        check_share(coreset_ratio=coreset_ratio, top=top)
         same_grid(color, geometry)
         self.color, self.geometry, self.num_heads = color, geometry, num_heads
         self.terms = Terms() if terms is None else terms

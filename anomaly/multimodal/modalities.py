@@ -256,17 +256,9 @@ class GeometryFeatures(nn.Module):
         if self.radius is not None:
             self.radius_ = torch.tensor([self.radius], device=device)
             return self
-        spacings = []
-        for batch in normal.batches():
-            for xyz, valid in organized(batch):
-                spacings.append(point_spacing(self._chosen(xyz, valid)[0]))
-        spacings = [one for one in spacings if one > 0]
-        if not spacings:
-            raise ValueError(
-                f"none of the {len(normal)} normal items has organized points; give an xyz image "
-                "beside each picture, or fit on color alone"
-            )
-        self.radius_ = (_SPACINGS * torch.stack(spacings).median())[None].to(device)
+        every = (one for batch in normal.batches() for one in organized(batch))
+        spacings = [point_spacing(self._chosen(*one)[0]) for one in every]
+        self.radius_ = _SPACINGS * usual_spacing(spacings).to(device)
         return self
 
     @torch.no_grad()
@@ -332,6 +324,20 @@ def organized(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
                 "not valid"
             )
         yield pixels, inside
+
+
+def usual_spacing(spacings: Sequence[Tensor]) -> Tensor:
+    """The median (1,) over items of the spacing () of their points, 0 where an item has none.
+
+    Raises ValueError where no item has any.
+    """
+    known = [one for one in spacings if one > 0]
+    if not known:
+        raise ValueError(
+            f"none of the {len(spacings)} normal items has organized points; give an xyz image "
+            "beside each picture, or fit on color alone"
+        )
+    return torch.stack(known).median()[None]
 
 
 def sensor_normals(points: Tensor, count: int) -> Tensor:

@@ -22,6 +22,7 @@ from anomaly.multimodal.modalities import (
     GeometryFeatures,
     organized,
     sensor_normals,
+    usual_spacing,
 )
 from medssl.data.sample import Batch
 from medssl.models.encoder import Encoder
@@ -101,16 +102,10 @@ class ReliefFeatures(nn.Module):
         for batch in normal.batches():
             for xyz, valid in organized(batch):
                 points = xyz[:, valid].mT.to(device)
-                spacing = point_spacing(points)
-                if spacing > 0:
-                    spacings.append(spacing)
+                spacings.append(point_spacing(points))
+                if spacings[-1] > 0:
                     heights.append(_trimmed_rms(self._frame(points)[1]))
-        if not spacings:
-            raise ValueError(
-                f"none of the {len(normal)} normal items has organized points; give an xyz image "
-                "beside each picture, or fit on color alone"
-            )
-        self.spacing_ = torch.stack(spacings).median()[None]
+        self.spacing_ = usual_spacing(spacings)
         height = torch.stack(heights).median()[None]
         self.height_ = height.clamp_min(1e-3 * self.spacing_)
         return self
