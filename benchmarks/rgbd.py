@@ -23,6 +23,7 @@ from rgbd_set import DEFECTS, PartSet, development_set, frozen_set
 from torch import Tensor, nn
 
 from anomaly.base import Detector, NormalData
+from anomaly.multimodal.adaptation import Terms
 from anomaly.multimodal.colored_fpfh import ColoredFPFH
 from anomaly.multimodal.crossmodal import CrossmodalMapping
 from anomaly.multimodal.double_patchcore import DoublePatchCore
@@ -73,7 +74,8 @@ class Described(nn.Module):
 
 def lsfa(seen: dict[str, Any], seed: int) -> Detector:
     color, geometry = seen["color"], seen["relief"]
-    return LSFA(color=color, geometry=geometry, num_heads=4, seed=seed, **BANK)
+    terms = Terms(local_alignment=10.0, global_alignment=1.0, temperature=0.2)
+    return LSFA(color=color, geometry=geometry, num_heads=4, terms=terms, seed=seed, **BANK)
 
 
 def crossmodal(seen: dict[str, Any], seed: int) -> Detector:

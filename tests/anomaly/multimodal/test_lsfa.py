@@ -239,6 +239,6 @@ def test_the_config_gives_a_detector_of_color_and_geometry():
     assert type(made.detector) is LSFA
     assert made.detector.color.grid == made.detector.geometry.grid == [64, 64]
     assert type(made.detector.geometry) is ReliefFeatures
-    assert made.detector.terms == Terms()
+    assert made.detector.terms == Terms(local_alignment=10.0, global_alignment=1.0, temperature=0.2)
     assert made.detector.plan == of(plan=None).plan
     assert made.preprocessing.geometry is not None
