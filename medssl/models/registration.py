@@ -14,8 +14,8 @@ from torch import Tensor
 
 from medssl.models.neighbors import search
 
-_STARTS = 150  # rotations tried, each with the four ways round of the principal axes
-_REFINED = 12  # of them, the best
+_STARTS = 300  # rotations tried, each with the four ways round of the principal axes
+_REFINED = 24  # of them, the best
 _SETTLED = 4  # of these, the best after the first turns
 _COARSE = 150  # points that judge a start
 _FINE = 600  # points that refine one
