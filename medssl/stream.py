@@ -2,9 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -68,8 +68,10 @@ def batches(
     workers: int,
     pin_memory: bool,
     share: tuple[int, int] = (0, 1),
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The views of the samples at positions `start` to `stop` of the stream, batch by batch.
+
+    Close it when no more are asked for: its worker processes end then.
 
     share: (which, of how many) equal and contiguous parts of each batch to give.
     """
@@ -86,7 +88,12 @@ def batches(
         prefetch_factor=4 if workers else None,
         generator=torch.Generator(),  # else the loader draws from the training's random numbers
     )
-    return iter(loader)
+    found = iter(loader)
+    try:
+        yield from found
+    finally:
+        if workers:  # left to the collector, which may be too late: they outlast the interpreter's
+            cast(Any, found)._shutdown_workers()  # own request to end, as they ignore signals
 
 
 def workers_for(workers: int | None) -> int:

@@ -5,6 +5,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -170,7 +171,7 @@ def train(
         pin_memory=loop.fabric.device.type == "cuda",
         share=(loop.fabric.global_rank, loop.fabric.world_size),
     )
-    with stop_asked() as asked:
+    with stop_asked() as asked, closing(parts):
         while loop.step < plan.steps and not loop.stopping(asked.is_set()):
             report = loop.advance(parts)
             if on_step is not None:

@@ -1,7 +1,10 @@
 """The order of samples and their views: the seed alone decides."""
 
+import multiprocessing
+
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from medssl.data.sample import Sample
 from medssl.stream import Stream, batches, generator_for
@@ -98,3 +101,17 @@ def test_a_batch_says_who_is_in_it_and_who_belongs_together():
             assert bool(views["study"][one] == views["study"][other]) == together
             assert bool(views["item"][one] == views["item"][other]) == (one == other)
     assert views["item"].dtype == torch.int64
+
+
+def test_worker_processes_end_with_the_batches_and_not_with_the_interpreter(monkeypatch):
+    """They ignore SIGTERM: one left over, as something still holds it, keeps a job from ending."""
+    held = []
+    begin = DataLoader.__iter__
+    monkeypatch.setattr(DataLoader, "__iter__", lambda self: held.append(begin(self)) or held[-1])
+    stream = Stream(PAIRS, batch_size=4, one_per="item", seed=5)
+    size = {"start": 0, "stop": 40, "batch_size": 4, "workers": 2, "pin_memory": False}
+    parts = batches(PAIRS, numbered_noise, stream, **size)
+    next(parts)
+    assert len(multiprocessing.active_children()) == 2
+    parts.close()
+    assert multiprocessing.active_children() == []
