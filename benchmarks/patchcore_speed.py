@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detector_settings import FEATURES
 from torch import Tensor
 
 from anomaly.base import NormalData, noise_batch
 from anomaly.features.patchcore import PatchCore
 from anomaly.memory import Shortlist, greedy_coreset
-from medssl.data.preprocess import Preprocessing
 from medssl.data.readers.any import read_image
 from medssl.data.sample import Sample, collate
 from medssl.models.timm_encoder import TimmEncoder
@@ -37,13 +37,6 @@ from medssl.models.timm_encoder import TimmEncoder
 ROWS, RATIO, BANK = 50_000, 0.1, 5_000
 NUM_NORMAL = 60
 ROUNDS = 15
-PREPARE = Preprocessing(
-    size=(256, 256),
-    intensity="range",
-    channels=3,
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-)
 
 
 def main() -> None:
@@ -102,7 +95,7 @@ def prepared(folder: Path, count: int, size: int = 224) -> list[Sample]:
     """The first photographs of a random order."""
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (".jpg", ".png"))
     random.Random(0).shuffle(files)
-    prepare = replace(PREPARE, size=(size, size))
+    prepare = replace(FEATURES, size=(size, size))
     found: list[Sample] = []
     for file in files:
         image = read_image(file)

@@ -13,11 +13,13 @@ other seeds, on which settings were chosen.
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, cast
 
 import numpy as np
 import torch
+from detector_settings import FEATURES
 from detectors import Ahead, bootstrapped, mean_of
 from rgbd_set import DEFECTS, PartSet, development_set, frozen_set
 from torch import Tensor, nn
@@ -31,19 +33,11 @@ from anomaly.multimodal.lsfa import LSFA
 from anomaly.multimodal.modalities import ColorFeatures, FeatureGrid, GeometryFeatures
 from anomaly.multimodal.relief import ReliefFeatures
 from medssl.data.geometry_steps import Geometry
-from medssl.data.preprocess import Preprocessing
 from medssl.data.sample import Batch, Sample, collate
 from medssl.metrics import auroc
 from medssl.models.timm_encoder import TimmEncoder
 
-PREPARE = Preprocessing(
-    size=(256, 256),
-    intensity="range",
-    channels=3,
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-    geometry=Geometry(unit="mm", plane_distance=1.0),
-)
+PREPARE = replace(FEATURES, geometry=Geometry(unit="mm", plane_distance=1.0))
 GRID, LAYERS = (64, 64), ["blocks.1", "blocks.2"]
 BANK: dict[str, Any] = {"coreset_ratio": 0.05, "sigma": 4.0}
 KINDS = [f"{defect}_{seen_in}" for defect, seen_in, _ in DEFECTS]

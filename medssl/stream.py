@@ -92,8 +92,8 @@ def batches(
     try:
         yield from found
     finally:
-        if workers:  # left to the collector, which may be too late: they outlast the interpreter's
-            cast(Any, found)._shutdown_workers()  # own request to end, as they ignore signals
+        if workers:  # they ignore signals: left to the collector, they may outlast the interpreter
+            cast(Any, found)._shutdown_workers()
 
 
 def workers_for(workers: int | None) -> int:

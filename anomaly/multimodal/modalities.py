@@ -343,12 +343,11 @@ def usual_spacing(spacings: Sequence[Tensor]) -> Tensor:
 def sensor_normals(points: Tensor, count: int) -> Tensor:
     """Normals (P, 3) of points (P, 3) from `count` neighbors, towards the sensor, the origin.
 
-    Points that are there twice, as where the grid was enlarged, count once.
+    None may be there twice: where a grid was enlarged, copies would be all of the neighbors.
     """
-    distinct, owner = points.unique(dim=0, return_inverse=True)
-    normals = estimate_normals(distinct[None], count=min(count, len(distinct)))[0]
-    away = (normals * distinct).sum(1, keepdim=True) > 0
-    return torch.where(away, -normals, normals)[owner]
+    normals = estimate_normals(points[None], count=min(count, len(points)))[0]
+    away = (normals * points).sum(1, keepdim=True) > 0
+    return torch.where(away, -normals, normals)
 
 
 def _first_of_each(key: Tensor) -> Tensor:

@@ -144,7 +144,8 @@ class ReliefFeatures(nn.Module):
 
     def _frame(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Tilts (P, 2) along x and y of the sensor, as sines, and heights (P,) of points (P, 3)."""
-        normals = sensor_normals(points, self.num_neighbors)
+        places, owner = points.unique(dim=0, return_inverse=True)  # see `sensor_normals`
+        normals = sensor_normals(places, self.num_neighbors)[owner]
         middle = F.normalize(normals.median(0).values, dim=0)
         across = torch.zeros_like(middle)
         across[int(middle[0].abs() > 0.99)] = 1.0  # of a surface that looks along x it is y

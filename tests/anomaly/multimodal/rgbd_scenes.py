@@ -1,14 +1,19 @@
 """Small RGB-D items, an encoder that says the mean color of 4 x 4 pixels, and a bare descriptor."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from anomaly.base import Detector
 from medssl.data.image import Image, pixel_affine
 from medssl.data.modality import Modality
+from medssl.data.preprocess import Preprocessing
 from medssl.data.sample import Sample
 from medssl.models.encoder import Encoder
+from medssl.models.folder import load_model, save_model, selftest_noise
 
 
 class MeanColor(Encoder):
@@ -120,6 +125,20 @@ def without(sample: Sample, modality: str) -> Sample:
     else:
         images = {"image": sample.images["xyz"]}
     return Sample(item=sample.item, images=images, label=sample.label, group=sample.group)
+
+
+def reloaded(detector: Detector, folder: Path, size: tuple[int, int]) -> Any:
+    """The fitted detector of pictures of this size as its model folder gives it back."""
+    save_model(
+        folder,
+        detector,
+        kind="detector",
+        preprocessing=Preprocessing(size=size, intensity="percentile"),
+        domain={},
+        card="",
+        noise=selftest_noise(detector.selftest_shape((3, *size))),
+    )
+    return load_model(folder, kind="detector", trust=["rgbd_scenes"]).model
 
 
 def peak(values: Tensor) -> tuple[int, int]:

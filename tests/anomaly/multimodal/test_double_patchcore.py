@@ -3,16 +3,14 @@ from pathlib import Path
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from rgbd_scenes import MeanColor, scene, without
+from rgbd_scenes import MeanColor, reloaded, scene, without
 
 from anomaly.base import NormalData
 from anomaly.multimodal.colored_fpfh import ColoredFPFH
 from anomaly.multimodal.crossmodal import CrossmodalMapping
 from anomaly.multimodal.double_patchcore import DoublePatchCore
 from anomaly.multimodal.modalities import ColorFeatures, GeometryFeatures
-from medssl.data.preprocess import Preprocessing
 from medssl.data.sample import collate
-from medssl.models.folder import load_model, save_model, selftest_noise
 from pipelines.fit import fit
 
 ROOT = Path(__file__).parents[3]
@@ -95,16 +93,7 @@ def test_neither_modality_is_refused():
 def test_a_saved_detector_scores_the_same_bits(kind, tmp_path):
     fitted, samples = kind.example()
     fitted.fit(NormalData(samples[:-2]))
-    save_model(
-        tmp_path / "model",
-        fitted,
-        kind="detector",
-        preprocessing=Preprocessing(size=(64, 48), intensity="percentile"),
-        domain={},
-        card="",
-        noise=selftest_noise(fitted.selftest_shape((3, 64, 48))),
-    )
-    again = load_model(tmp_path / "model").model
+    again = reloaded(fitted, tmp_path / "model", (64, 48))
     batch = collate(samples[-2:])
     assert again.predict(batch).score.equal(fitted.predict(batch).score)
 

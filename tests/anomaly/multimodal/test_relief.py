@@ -2,19 +2,16 @@
 
 from dataclasses import replace
 from math import tanh
-from typing import Any
 
 import pytest
 import torch
-from rgbd_scenes import MeanColor, color_image, noise, peak, scene, without, xyz_image
+from rgbd_scenes import MeanColor, color_image, noise, peak, reloaded, scene, without, xyz_image
 
 from anomaly.base import NormalData
 from anomaly.multimodal.double_patchcore import DoublePatchCore
 from anomaly.multimodal.modalities import ColorFeatures, GeometryFeatures
 from anomaly.multimodal.relief import ReliefFeatures
-from medssl.data.preprocess import Preprocessing
 from medssl.data.sample import Sample, collate
-from medssl.models.folder import load_model, save_model, selftest_noise
 
 
 def relief(**arguments: object) -> ReliefFeatures:
@@ -202,16 +199,7 @@ def test_a_model_folder_gives_it_back(tmp_path):
     geometry = relief(slope=0.3, num_neighbors=12)
     detector = DoublePatchCore(color=None, geometry=geometry, coreset_ratio=1.0, sigma=1.0)
     detector.fit(NormalData([scene(seed) for seed in range(6)]))
-    folder = save_model(
-        tmp_path / "model",
-        detector,
-        kind="detector",
-        preprocessing=Preprocessing(size=(32, 24), intensity="percentile"),
-        domain={},
-        card="",
-        noise=selftest_noise(detector.selftest_shape((3, 32, 24))),
-    )
-    again: Any = load_model(folder, kind="detector", trust=["rgbd_scenes"]).model
+    again = reloaded(detector, tmp_path / "model", (32, 24))
     told = again.geometry
     assert (told.slope, told.num_neighbors, told.layers, told.grid) == (0.3, 12, ["0"], [8, 6])
     assert told.height_.equal(geometry.height_)
